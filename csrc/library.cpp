@@ -1,0 +1,34 @@
+// Every operator's schema, and nothing else. The same schemas, on Triton, are registered by pyllm/ops.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pyllm, m) {
+  m.def("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("rms_norm_fwd(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor rstd) -> (Tensor, Tensor)");
+  m.def(
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p,"
+      " float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "add_layer_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+      " Tensor? rng, float dropout_p, ScalarType x_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? rng, float dropout_p, float eps)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "add_rms_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor rstd, Tensor? rng, float dropout_p,"
+      " ScalarType x_dtype) -> (Tensor, Tensor, Tensor)");
+  m.def("softmax_fwd(Tensor x, Tensor? attn_mask, float scale, bool is_causal) -> Tensor");
+  m.def("softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
+  m.def("log_softmax_fwd(Tensor x, Tensor? attn_mask, float scale, bool is_causal) -> Tensor");
+  m.def("log_softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
+  m.def(
+      "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? rng,"
+      " float scale, float dropout_p, SymInt left, SymInt right, bool bottom_right) -> (Tensor, Tensor)");
+  m.def(
+      "attention_bwd(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? attn_mask,"
+      " Tensor? key_padding_mask, Tensor? rng, Tensor out, Tensor lse, float scale, float dropout_p, SymInt left,"
+      " SymInt right, bool bottom_right, bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,42 @@
+// pyllm._C: facts of the build and of the processor. No torch header, so that it imports where torch does not fit.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace {
+
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> items;
+  for (size_t begin = 0; begin < list.size();) {
+    const size_t end = std::min(list.find(',', begin), list.size());
+    items.push_back(list.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return items;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts of pyllm's compiled part and of this processor.";
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["compiler"] = __VERSION__;
+        info["torch"] = PYLLM_TORCH;
+        info["instruction_sets"] = split(PYLLM_ISAS);
+        return info;
+      },
+      "Compiler, PyTorch release of the headers, instruction sets compiled for.");
+  m.def(
+      "cuda_architectures", [] { return std::vector<std::string>(); },
+      "The CUDA architectures that are in the binary.");
+  m.def(
+      "cpu_isa", [] { return std::string(pyllm::isa_name(pyllm::chosen_isa())); },
+      "The instruction set in use: the best of this processor, or PYLLM_CPU_ISA.");
+}

@@ -1,0 +1,4 @@
+"""Triton kernels: NAME.py holds @triton.jit kernels and their <op>_fwd / <op>_bwd launchers.
+
+No autograd, no module and no policy here. Installed as pyllm.kernels.
+"""

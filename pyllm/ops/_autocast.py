@@ -1,0 +1,22 @@
+"""What torch.autocast does to the operators: the same as to torch's own of these names, on each device type."""
+
+import torch
+from torch import Tensor
+
+
+def full_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For operators that torch runs in float32 under CUDA autocast; CPU autocast leaves them as they come."""
+    first = tensors[0]
+    if isinstance(first, Tensor) and first.is_cuda and torch.is_autocast_enabled("cuda"):
+        return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+    return tensors
+
+
+def lower_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For operators that torch runs in the autocast dtype: floating tensors but float64 are cast, others untouched."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)

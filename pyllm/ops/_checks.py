@@ -1,0 +1,57 @@
+"""Argument checks of the operators, written once. They name the operator, the argument and what was expected."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+def floating(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+
+
+def like(op: str, name: str, tensor: Tensor, first: str, other: Tensor) -> None:
+    """The tensor has the device and the dtype of another argument."""
+    floating(op, name, tensor)
+    same_device(op, name, tensor, first, other)
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of {first}, {other.dtype}, got {tensor.dtype}")
+
+
+def same_device(op: str, name: str, tensor: Tensor, first: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise RuntimeError(f"{op}: {name} must be on the device of {first}, {other.device}, got {tensor.device}")
+
+
+def shape(op: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
+    if tensor.shape != torch.Size(expected):
+        raise ValueError(f"{op}: {name} must have shape {meaning} = {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def probability(op: str, name: str, p: float) -> None:
+    if not isinstance(p, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(p).__name__}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {p}")
+
+
+def broadcasts(op: str, name: str, tensor: Tensor, target: Sequence[int], meaning: str) -> None:
+    sizes = tensor.shape
+    fits = len(sizes) <= len(target) and all(
+        s in (1, t) for s, t in zip(reversed(sizes), reversed(target), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{op}: {name} must broadcast to {meaning} = {tuple(target)}, got {tuple(sizes)}")
+
+
+def attention_mask(op: str, mask: Tensor, other: Tensor, first: str) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: attn_mask must be a Tensor, got {type(mask).__name__}")
+    same_device(op, "attn_mask", mask, first, other)
+    if mask.dtype not in (torch.bool, torch.float32, other.dtype):
+        raise TypeError(f"{op}: attn_mask must be bool, float32 or {other.dtype}, as {first}, got {mask.dtype}")

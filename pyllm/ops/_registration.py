@@ -1,0 +1,71 @@
+"""Registers forward and backward kernels with PyTorch's dispatcher: the compiled ones and the Triton ones.
+
+`pyllm::NAME` is defined in csrc/library.cpp; `pyllm_triton::NAME` here, with the same schema. The dispatcher picks CPU
+or CUDA below each.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from pyllm import _library
+from pyllm.backend import Implementation
+
+_triton = torch.library.Library("pyllm_triton", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A forward or a backward as registered operators; native is None without the compiled library."""
+
+    native: OpOverload | None
+    triton: OpOverload
+
+
+def kernel(module: str) -> Callable[[Callable], Kernel]:
+    """Registers the decorated fake implementation, whose annotations are the schema, and the kernel of its name.
+
+    The Triton launcher is `pyllm.kernels.<module>.<name>`, imported at the first call.
+    """
+
+    def register(fake: Callable) -> Kernel:
+        name = fake.__name__
+
+        def launch(*args):
+            return getattr(importlib.import_module(f"pyllm.kernels.{module}"), name)(*args)
+
+        _triton.define(name + torch.library.infer_schema(fake, mutates_args=()))
+        for key in ("CPU", "CUDA"):
+            _triton.impl(name, launch, key)
+        torch.library.register_fake(f"pyllm_triton::{name}", fake)
+        native = None
+        if _library.error is None:
+            torch.library.register_fake(f"pyllm::{name}", fake)
+            native = getattr(torch.ops.pyllm, name).default
+        return Kernel(native, getattr(torch.ops.pyllm_triton, name).default)
+
+    return register
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def draw_rng(tensor: Tensor, dropout_p: float) -> Tensor | None:
+    """Dropout's (seed, offset) from PyTorch's generator of the tensor's device, without a synchronisation."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=tensor.device)
+
+
+def on_kernels(
+    make: Callable[[OpOverload, OpOverload], Implementation], fwd: Kernel, bwd: Kernel
+) -> dict[str, Implementation]:
+    """The implementations of an operator on its registered kernels, one for each kernel backend that there is."""
+    pairs = {"native": (fwd.native, bwd.native), "triton": (fwd.triton, bwd.triton)}
+    return {name: make(*pair) for name, pair in pairs.items() if None not in pair}

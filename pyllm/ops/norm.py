@@ -1,0 +1,343 @@
+"""layer_norm, rms_norm, and the same with dropout and residual addition fused in front."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd.function import once_differentiable
+
+from pyllm import reference
+from pyllm.backend import Implementation, Operator, select
+from pyllm.ops import _checks
+from pyllm.ops._autocast import full_precision
+from pyllm.ops._registration import draw_rng, kernel, needs_grad, on_kernels
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation of the last dimension (Ba et al., 2016): (x - mean) / sqrt(var + eps) * weight + bias.
+
+    x: (..., N), float32, float64, bfloat16 or float16; weight and bias: (N,), x's dtype or float32. Returns x's shape
+    and dtype; statistics are float32 (float64 for float64). Raises TypeError, ValueError or RuntimeError for a dtype,
+    a shape or a device that does not fit.
+    """
+    x, weight, bias = full_precision(x, weight, bias)
+    _check_row("layer_norm", x, weight, bias)
+    return select(LAYER_NORM, x, weight, bias, eps)(x, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
+
+    Shapes, dtypes and errors as in `layer_norm`. eps=None is the machine epsilon of x's dtype, as in torch.
+    """
+    x, weight = full_precision(x, weight)
+    _check_row("rms_norm", x, weight)
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    return select(RMS_NORM, x, weight, eps)(x, weight, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """z = residual + dropout(x); returns (layer_norm(z), z), in one pass over the memory.
+
+    x and residual: (..., N) of one shape; both of one dtype, or x of 16 bits and residual float32 (then both results
+    are float32). weight and bias as in `layer_norm`. dropout_p in [0, 1] is applied whenever it is not 0.
+    """
+    _check_add("add_layer_norm", x, residual, weight, bias, dropout_p)
+    args = (x, residual, weight, bias, draw_rng(x, dropout_p), dropout_p, eps)
+    return select(ADD_LAYER_NORM, *args)(*args)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float | None = None, *, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """z = residual + dropout(x); returns (rms_norm(z), z). Arguments as in `add_layer_norm` and `rms_norm`."""
+    _check_add("add_rms_norm", x, residual, weight, None, dropout_p)
+    if eps is None:
+        eps = torch.finfo(residual.dtype).eps
+    args = (x, residual, weight, draw_rng(x, dropout_p), dropout_p, eps)
+    return select(ADD_RMS_NORM, *args)(*args)
+
+
+def _check_row(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
+    _checks.floating(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _checks.floating(op, name, parameter)
+            _checks.same_device(op, name, parameter, "x", x)
+            if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
+                raise TypeError(f"{op}: {name} must be {x.dtype}, as x, or float32, got {parameter.dtype}")
+            if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
+                _checks.shape(op, name, parameter, x.shape[-1:], "(N,)")
+
+
+def _check_add(op, x, residual, weight, bias, dropout_p) -> None:
+    _checks.floating(op, "residual", residual)
+    _check_row(op, x, None)
+    _checks.same_device(op, "residual", residual, "x", x)
+    _checks.shape(op, "residual", residual, x.shape, "x's")
+    if residual.dtype != x.dtype and (residual.dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(f"{op}: residual must be {x.dtype}, as x, or float32 beside 16 bits, got {residual.dtype}")
+    _check_row(op, residual, weight, bias)
+    _checks.probability(op, "dropout_p", dropout_p)
+
+
+# --- operators as PyTorch's dispatcher knows them: fake implementations, whose annotations are the schemas ---
+
+
+def _statistic(x: Tensor) -> Tensor:
+    """(M,) for the M rows of x."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[:-1].numel(), dtype=dtype)
+
+
+def _gradient(x: Tensor, parameter: Tensor | None) -> Tensor:
+    """(N,) in the parameter's dtype, or (0,) where there is no parameter."""
+    return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
+
+
+def _branch_gradient(z: Tensor, dropout_p: float, x_dtype: torch.dtype) -> Tensor:
+    """dx, or (0,) where it is dresidual itself."""
+    return z.new_empty(0 if dropout_p == 0.0 and x_dtype == z.dtype else z.shape, dtype=x_dtype)
+
+
+@kernel("norm")
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:  # y, mean, rstd
+    return x.new_empty(x.shape), _statistic(x), _statistic(x)
+
+
+@kernel("norm")
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
+    return x.new_empty(x.shape), _gradient(x, weight), _gradient(x, bias)
+
+
+@kernel("norm")
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:  # y, rstd
+    return x.new_empty(x.shape), _statistic(x)
+
+
+@kernel("norm")
+def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:  # dx, dweight
+    return x.new_empty(x.shape), _gradient(x, weight)
+
+
+@kernel("norm")
+def add_layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y, z, mean, rstd
+    z = residual.new_empty(x.shape)
+    return torch.empty_like(z), z, _statistic(z), _statistic(z)
+
+
+@kernel("norm")
+def add_layer_norm_bwd(
+    dy: Tensor,
+    dz: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rng: Tensor | None,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx, dresidual, dweight, dbias
+    return _branch_gradient(z, dropout_p, x_dtype), z.new_empty(z.shape), _gradient(z, weight), _gradient(z, bias)
+
+
+@kernel("norm")
+def add_rms_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, rng: Tensor | None, dropout_p: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:  # y, z, rstd
+    z = residual.new_empty(x.shape)
+    return torch.empty_like(z), z, _statistic(z)
+
+
+@kernel("norm")
+def add_rms_norm_bwd(
+    dy: Tensor,
+    dz: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    rng: Tensor | None,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # dx, dresidual, dweight
+    return _branch_gradient(z, dropout_p, x_dtype), z.new_empty(z.shape), _gradient(z, weight)
+
+
+# --- autograd, one class per operator and backend, and the tables of implementations ---
+
+
+def _layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
+    class LayerNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, eps):
+            y, mean, rstd = fwd(x, weight, bias, eps)
+            ctx.save_for_backward(x, weight, bias, mean, rstd)
+            return y
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy):
+            _, weight, bias, _, _ = saved = ctx.saved_tensors
+            dx, dweight, dbias = bwd(dy, *saved)
+            return dx, _where(weight, dweight), _where(bias, dbias), None
+
+    def run(x, weight, bias, eps):
+        if needs_grad(x, weight, bias):
+            return LayerNorm.apply(x, weight, bias, eps)
+        return fwd(x, weight, bias, eps)[0]
+
+    return Implementation(run)
+
+
+def _rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
+    class RMSNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, eps):
+            y, rstd = fwd(x, weight, eps)
+            ctx.save_for_backward(x, weight, rstd)
+            return y
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy):
+            _, weight, _ = saved = ctx.saved_tensors
+            dx, dweight = bwd(dy, *saved)
+            return dx, _where(weight, dweight), None
+
+    def run(x, weight, eps):
+        if needs_grad(x, weight):
+            return RMSNorm.apply(x, weight, eps)
+        return fwd(x, weight, eps)[0]
+
+    return Implementation(run)
+
+
+def _add_layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
+    class AddLayerNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, residual, weight, bias, rng, dropout_p, eps):
+            y, z, mean, rstd = fwd(x, residual, weight, bias, rng, dropout_p, eps)
+            ctx.save_for_backward(z, weight, bias, mean, rstd, rng)
+            ctx.dropout = (dropout_p, x.dtype)
+            ctx.set_materialize_grads(False)
+            return y, z
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy, dz):
+            z, weight, bias, *_ = saved = ctx.saved_tensors
+            dy = torch.zeros_like(z) if dy is None else dy
+            dx, dresidual, dweight, dbias = bwd(dy, dz, *saved, *ctx.dropout)
+            dx = dx if dx.shape == z.shape else dresidual
+            return dx, dresidual, _where(weight, dweight), _where(bias, dbias), None, None, None
+
+    def run(x, residual, weight, bias, rng, dropout_p, eps):
+        if needs_grad(x, residual, weight, bias):
+            return AddLayerNorm.apply(x, residual, weight, bias, rng, dropout_p, eps)
+        return fwd(x, residual, weight, bias, rng, dropout_p, eps)[:2]
+
+    return Implementation(run)
+
+
+def _add_rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
+    class AddRMSNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, residual, weight, rng, dropout_p, eps):
+            y, z, rstd = fwd(x, residual, weight, rng, dropout_p, eps)
+            ctx.save_for_backward(z, weight, rstd, rng)
+            ctx.dropout = (dropout_p, x.dtype)
+            ctx.set_materialize_grads(False)
+            return y, z
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy, dz):
+            z, weight, *_ = saved = ctx.saved_tensors
+            dy = torch.zeros_like(z) if dy is None else dy
+            dx, dresidual, dweight = bwd(dy, dz, *saved, *ctx.dropout)
+            dx = dx if dx.shape == z.shape else dresidual
+            return dx, dresidual, _where(weight, dweight), None, None, None
+
+    def run(x, residual, weight, rng, dropout_p, eps):
+        if needs_grad(x, residual, weight):
+            return AddRMSNorm.apply(x, residual, weight, rng, dropout_p, eps)
+        return fwd(x, residual, weight, rng, dropout_p, eps)[:2]
+
+    return Implementation(run)
+
+
+def _where(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+    return None if parameter is None else gradient
+
+
+def _torch_layer_norm(x, weight, bias, eps):
+    if x.dtype != torch.float32 and (weight is not None or bias is not None):
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _torch_rms_norm(x, weight, eps):
+    return F.rms_norm(x, x.shape[-1:], weight if weight is None else weight.to(x.dtype), eps)
+
+
+def _torch_add_layer_norm(x, residual, weight, bias, rng, dropout_p, eps):
+    z = residual + x
+    return _torch_layer_norm(z, weight, bias, eps), z
+
+
+def _torch_add_rms_norm(x, residual, weight, rng, dropout_p, eps):
+    z = residual + x
+    return _torch_rms_norm(z, weight, eps), z
+
+
+def _no_dropout(x, *args) -> str | None:
+    return "its dropout mask would differ from the other backends'" if args[-2] != 0.0 else None
+
+
+LAYER_NORM = Operator(
+    "layer_norm",
+    on_kernels(_layer_norm_on, layer_norm_fwd, layer_norm_bwd)
+    | {"torch": Implementation(_torch_layer_norm), "reference": Implementation(reference.layer_norm)},
+)
+RMS_NORM = Operator(
+    "rms_norm",
+    on_kernels(_rms_norm_on, rms_norm_fwd, rms_norm_bwd)
+    | {"torch": Implementation(_torch_rms_norm), "reference": Implementation(reference.rms_norm)},
+)
+ADD_LAYER_NORM = Operator(
+    "add_layer_norm",
+    on_kernels(_add_layer_norm_on, add_layer_norm_fwd, add_layer_norm_bwd)
+    | {
+        "torch": Implementation(_torch_add_layer_norm, _no_dropout),
+        "reference": Implementation(reference.add_layer_norm),
+    },
+)
+ADD_RMS_NORM = Operator(
+    "add_rms_norm",
+    on_kernels(_add_rms_norm_on, add_rms_norm_fwd, add_rms_norm_bwd)
+    | {"torch": Implementation(_torch_add_rms_norm, _no_dropout), "reference": Implementation(reference.add_rms_norm)},
+)

@@ -1,0 +1,132 @@
+"""softmax and log_softmax with scale, mask and causality fused in."""
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd.function import once_differentiable
+
+from pyllm import reference
+from pyllm.backend import Implementation, Operator, select
+from pyllm.ops import _checks
+from pyllm.ops._autocast import full_precision
+from pyllm.ops._registration import kernel, needs_grad, on_kernels
+
+
+def softmax(
+    x: Tensor, dim: int = -1, *, scale: float = 1.0, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """softmax(scale * x + mask) along `dim`; 0 throughout a row in which the masks leave nothing.
+
+    x: any shape, float32, float64, bfloat16 or float16. attn_mask broadcasts to x's shape: boolean, True = take part,
+    or x's dtype or float32, added, with a gradient if it requires one. is_causal keeps column j of row i where j <= i;
+    it wants dim to be the last and takes the one before as rows. Returns x's shape and dtype.
+    Raises TypeError, ValueError, IndexError or RuntimeError for a dtype, a shape, a dim or a device that does not fit.
+    """
+    return _along("softmax", SOFTMAX, x, dim, scale, attn_mask, is_causal)
+
+
+def log_softmax(
+    x: Tensor, dim: int = -1, *, scale: float = 1.0, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """The logarithm of `softmax`: -inf where that is 0. Arguments as there."""
+    return _along("log_softmax", LOG_SOFTMAX, x, dim, scale, attn_mask, is_causal)
+
+
+def _along(name: str, op: Operator, x: Tensor, dim: int, scale: float, attn_mask: Tensor | None, is_causal: bool):
+    (x,) = full_precision(x)
+    _checks.floating(name, "x", x)
+    rank = x.dim()
+    if rank == 0 or not -rank <= dim < rank:
+        raise IndexError(f"{name}: dim must be in [{-rank}, {rank - 1}] for an x of {rank} dimensions, got {dim}")
+    last = dim in (-1, rank - 1)
+    if is_causal and (not last or rank < 2):
+        raise ValueError(f"{name}: is_causal needs dim to be the last of at least two dimensions")
+    if attn_mask is not None:
+        _checks.attention_mask(name, attn_mask, x, "x")
+        _checks.broadcasts(name, "attn_mask", attn_mask, x.shape, "x's shape")
+        attn_mask = attn_mask.reshape((1,) * (rank - attn_mask.dim()) + attn_mask.shape)
+    if last:
+        return select(op, x, attn_mask, scale, is_causal)(x, attn_mask, scale, is_causal)
+    if attn_mask is not None:
+        attn_mask = attn_mask.transpose(dim, -1)
+    x = x.transpose(dim, -1)
+    return select(op, x, attn_mask, scale, is_causal)(x, attn_mask, scale, is_causal).transpose(dim, -1)
+
+
+# --- operators as PyTorch's dispatcher knows them: attn_mask has x's rank, each size x's or 1 ---
+
+
+@kernel("softmax")
+def softmax_fwd(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@kernel("softmax")
+def softmax_bwd(dy: Tensor, y: Tensor, scale: float) -> Tensor:
+    """scale * (gradient of the scores); columns that the masks removed have y = 0 and get 0."""
+    return y.new_empty(y.shape)
+
+
+@kernel("softmax")
+def log_softmax_fwd(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@kernel("softmax")
+def log_softmax_bwd(dy: Tensor, y: Tensor, scale: float) -> Tensor:
+    """As softmax_bwd; removed columns have y = -inf, and what dy holds there is not read into the sum."""
+    return y.new_empty(y.shape)
+
+
+def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
+    class Softmax(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, attn_mask, scale, is_causal):
+            y = fwd(x, attn_mask, scale, is_causal)
+            ctx.save_for_backward(y)
+            ctx.scale = scale
+            if ctx.needs_input_grad[1]:
+                ctx.mask_like = (attn_mask.shape, attn_mask.dtype)
+            return y
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy):
+            (y,) = ctx.saved_tensors
+            if not ctx.needs_input_grad[1]:
+                return bwd(dy, y, ctx.scale), None, None, None
+            shape, dtype = ctx.mask_like
+            dscores = bwd(dy, y, 1.0)
+            return dscores * ctx.scale, dscores.sum_to_size(shape).to(dtype), None, None
+
+    def run(x, attn_mask, scale, is_causal):
+        if needs_grad(x, attn_mask):
+            return Softmax.apply(x, attn_mask, scale, is_causal)
+        return fwd(x, attn_mask, scale, is_causal)
+
+    return Implementation(run)
+
+
+def _on_torch(function) -> Implementation:
+    def run(x, attn_mask, scale, is_causal):
+        x = x if scale == 1.0 else x * scale
+        if is_causal:
+            x = x.masked_fill(~reference.band(*x.shape[-2:], -1, 0, False, x.device), -torch.inf)
+        return function(x, -1)
+
+    def unfit(x, attn_mask, scale, is_causal):
+        return None if attn_mask is None else "a mask may leave a row empty, where torch gives NaN"
+
+    return Implementation(run, unfit)
+
+
+SOFTMAX = Operator(
+    "softmax",
+    on_kernels(_on, softmax_fwd, softmax_bwd)
+    | {"torch": _on_torch(torch.softmax), "reference": Implementation(reference.softmax)},
+)
+LOG_SOFTMAX = Operator(
+    "log_softmax",
+    on_kernels(_on, log_softmax_fwd, log_softmax_bwd)
+    | {"torch": _on_torch(torch.log_softmax), "reference": Implementation(reference.log_softmax)},
+)

@@ -1,0 +1,188 @@
+"""Plain-PyTorch truth for every operator, differentiated by autograd.
+
+This file is the specification: every backend is compared with it, in fp64. It is written to be read, not to be fast.
+Shapes: x (..., N); query (B, H, Sq, D); key and value (B, Hkv, Sk, D) with H a multiple of Hkv.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+def philox_4x32(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
+    """Philox-4x32-10 (Salmon et al., 2011): four int64 counter words below 2^32 -> four random words below 2^32."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2^64, which keeps both halves right
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
+            p1 & _MASK32,
+            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
+            p0 & _MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return [c0, c1, c2, c3]
+
+
+def dropout_threshold(p: float) -> int:
+    """Dropout has a resolution of 1/65536: an element is dropped if its 16 random bits are below this threshold."""
+    return int(p * 65536 + 0.5)
+
+
+def dropout_scale(p: float) -> float:
+    """What a kept element is multiplied by: the inverse of the probability, as quantised, of being kept."""
+    kept = 65536 - dropout_threshold(p)
+    return 65536 / kept if kept else 0.0
+
+
+def dropout_keep(rng: Tensor, p: float, heads: int, rows: int, cols: int) -> Tensor:
+    """The dropout mask (heads, rows, cols), True = keep: a pure function of rng, head, row and column.
+
+    rng is (seed, offset), of which the low 32 bits of the offset count. `heads` is batch * heads in attention, 1 in a
+    row operator; rows are queries, columns are keys. One Philox call makes eight 16-bit numbers, those that one thread
+    of an mma.sync accumulator holds of a row in 32 columns: call t of group g serves columns 32g + 8w + 2t + b, where w
+    is the word of the result and b its half, the low one first.
+    """
+    grid = torch.meshgrid(
+        torch.arange(heads, device=rng.device),
+        torch.arange(rows, device=rng.device),
+        torch.arange(cols, device=rng.device),
+        indexing="ij",
+    )
+    head, row, col = grid
+    call = (col // 32) * 4 + (col % 8) // 2
+    offset = (rng[1] & _MASK32).expand_as(col)
+    words = torch.stack(philox_4x32([call, row, head, offset], rng[0]))
+    word = words.gather(0, ((col % 32) // 8)[None])[0]
+    return ((word >> (16 * (col % 2))) & 0xFFFF) >= dropout_threshold(p)
+
+
+def dropout(x: Tensor, rng: Tensor | None, p: float) -> Tensor:
+    """Row-operator dropout of x (..., N): x flattened to (M, N), head 0."""
+    if p == 0.0:
+        return x
+    keep = dropout_keep(rng, p, 1, x.numel() // max(x.shape[-1], 1), x.shape[-1])
+    return torch.where(keep.view(x.shape), x * dropout_scale(p), 0.0)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al., 2016)."""
+    centred = x - x.mean(-1, keepdim=True)
+    return _affine(centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps), weight, bias).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
+    return _affine(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), weight, None).to(x.dtype)
+
+
+def _affine(normalised: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        normalised = normalised * weight
+    return normalised if bias is None else normalised + bias
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """z = residual + dropout(x); returns (layer_norm(z), z)."""
+    z = residual + dropout(x, rng, dropout_p)
+    return layer_norm(z, weight, bias, eps), z
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, rng: Tensor | None, dropout_p: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """z = residual + dropout(x); returns (rms_norm(z), z)."""
+    z = residual + dropout(x, rng, dropout_p)
+    return rms_norm(z, weight, eps), z
+
+
+def softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    """softmax(scale * x + mask) over the last dimension; 0 in a row with nothing left."""
+    return _probabilities(_masked(x * scale, attn_mask, is_causal))[0]
+
+
+def log_softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    """log of `softmax`: -inf where it is 0."""
+    scores = _masked(x * scale, attn_mask, is_causal)
+    lse = _probabilities(scores)[1]
+    kept = scores > -math.inf
+    return torch.where(kept, torch.where(kept, scores, 0.0) - torch.where(lse > -math.inf, lse, 0.0), -math.inf)
+
+
+def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        else:
+            scores = scores + attn_mask.to(scores.dtype)
+    if is_causal:
+        scores = scores.masked_fill(~band(*scores.shape[-2:], -1, 0, False, scores.device), -math.inf)
+    return scores
+
+
+def band(sq: int, sk: int, left: int, right: int, bottom_right: bool, device: torch.device) -> Tensor:
+    """(sq, sk), True where i - left <= j <= i + right; -1 is no bound; i is counted from sk - sq if bottom_right."""
+    i = torch.arange(sq, device=device)[:, None] + (sk - sq if bottom_right else 0)
+    j = torch.arange(sk, device=device)[None, :]
+    keep = torch.ones(sq, sk, dtype=torch.bool, device=device)
+    if left >= 0:
+        keep &= j >= i - left
+    if right >= 0:
+        keep &= j <= i + right
+    return keep
+
+
+def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension and its log-sum-exp (..., 1); an empty row gives 0 and -inf, gradient 0."""
+    kept = scores > -math.inf
+    peak = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min) if scores.shape[-1] else 0.0
+    exps = torch.where(kept, torch.exp(torch.where(kept, scores - peak, 0.0)), 0.0)
+    total = exps.sum(-1, keepdim=True)
+    some = total > 0
+    safe = torch.where(some, total, 1.0)
+    return exps / safe, torch.where(some, safe.log() + peak, -math.inf)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    rng: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+) -> tuple[Tensor, Tensor]:
+    """dropout(softmax(scale * query key^T + mask)) value and the log-sum-exp of the scores (B, H, Sq).
+
+    attn_mask broadcasts to (B, H, Sq, Sk): boolean, True = take part; or floating, added. key_padding_mask (B, Sk),
+    True = ignore. left and right bound j - i as in `band`. Statistics are fp32, or fp64 for fp64 input.
+    """
+    batch, heads, sq, _ = query.shape
+    kv_heads, sk = key.shape[1:3]
+    key, value = (t.repeat_interleave(heads // kv_heads, 1) for t in (key, value))
+    scores = (query @ key.mT) * scale
+    scores = scores.masked_fill(~band(sq, sk, left, right, bottom_right, query.device), -math.inf)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
+    weights, lse = _probabilities(_masked(scores, attn_mask, False))
+    if dropout_p > 0.0:
+        keep = dropout_keep(rng, dropout_p, batch * heads, sq, sk).view(batch, heads, sq, sk)
+        weights = torch.where(keep, weights * dropout_scale(dropout_p), 0.0)
+    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return weights.to(value.dtype) @ value, lse.squeeze(-1).to(statistics)

@@ -1,0 +1,36 @@
+"""Backends and devices under test. Without a GPU, Triton's kernels run in its interpreter."""
+
+import os
+
+# All of this has to be in the environment before torch, triton or pyllm are imported.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+import pyllm
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+TARGETS = [
+    pytest.param((name, device), id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    for device in DEVICES
+    for name, why in pyllm.backends(device).items()
+    if why is None
+]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request) -> tuple[str, str]:
+    """(backend, device), each pair that this machine can run."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_outputs():
+    """Uninitialised memory holds NaN, so that an element that a kernel forgets is seen; gradients are repeatable."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
