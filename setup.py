@@ -23,7 +23,7 @@ INSTRUCTION_SETS = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes"
+WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"
 LIBRARY = "libpyllm_cpu.so"
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 

@@ -1,0 +1,68 @@
+// Shape, dtype and stride checks of the compiled operators, and the way from tensors to raw pointers, written once.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "cpu/dropout.h"
+#include "cpu/dtype.h"
+
+namespace pyllm {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Bool: return DType::boolean;
+    default: STD_TORCH_CHECK(false, "pyllm: expected a floating or boolean tensor");
+  }
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline OptionalTensor as_contiguous(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(as_contiguous(*t)) : t;
+}
+
+inline Array array(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
+
+inline Array array(const OptionalTensor& t) { return t.has_value() ? array(*t) : Array{}; }
+
+inline ScalarType statistics_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Dropout dropout_of(const OptionalTensor& rng, double p) {
+  STD_TORCH_CHECK(p == 0.0 || rng.has_value(), "pyllm: dropout_p needs rng");
+  if (p == 0.0) return {};
+  STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2 && rng->is_contiguous(),
+                  "pyllm: rng must be two int64 numbers (seed, offset)");
+  return Dropout(static_cast<const int64_t*>(rng->data_ptr()), p);
+}
+
+// A contiguous tensor seen as rows of its last dimension.
+struct Rows {
+  int64_t count, width;
+  explicit Rows(const Tensor& t) : width(t.size(t.dim() - 1)) {
+    count = 1;
+    for (int64_t i = 0; i + 1 < t.dim(); ++i) count *= t.size(i);
+  }
+};
+
+// Elements of work below which a thread of its own does not pay.
+inline constexpr int64_t kGrain = 16384;
+
+inline int64_t rows_per_task(int64_t width) { return kGrain / (width + 1) + 1; }
+
+}  // namespace pyllm

@@ -1,0 +1,45 @@
+// LayerNorm and RMSNorm on the CPU, plain or with dropout and residual addition in front: what the binding hands over.
+#pragma once
+
+#include "cpu/dropout.h"
+#include "cpu/dtype.h"
+#include "cpu/isa.h"
+
+namespace pyllm {
+
+// z = residual + dropout(x), or x itself; y = normalised z * weight + bias. Matrices are contiguous (rows, width).
+struct NormForward {
+  Array x, residual, weight, bias;
+  Array y, z;  // z only with a residual
+  void *mean, *rstd;
+  int64_t width;
+  double eps;
+  bool rms;
+  Dropout dropout;
+};
+
+// dresidual = gradient of z; dx = that through the dropout. Partial sums of dweight and dbias go to row `chunk` of
+// (chunks, 2, width) in the compute type, a chunk being `rows_per_chunk` rows.
+struct NormBackward {
+  Array dy, dz, z, weight;
+  Array dx, dresidual;  // dx only where it differs from dresidual
+  const void *mean, *rstd;
+  void* partials;  // null where neither gradient is wanted
+  int64_t rows, width, rows_per_chunk;
+  bool rms;
+  Dropout dropout;
+};
+
+// gradient[j] = sum over the chunks of partials[chunk][which][j]
+struct ColumnSum {
+  const void* partials;
+  Array dweight, dbias;
+  int64_t chunks, width;
+  DType compute;
+};
+
+PYLLM_KERNEL(norm_fwd, NormForward)    // over rows
+PYLLM_KERNEL(norm_bwd, NormBackward)   // over chunks
+PYLLM_KERNEL(column_sum, ColumnSum)    // over columns
+
+}  // namespace pyllm

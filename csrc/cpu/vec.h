@@ -1,0 +1,210 @@
+// Vectors of the width that this translation unit is compiled for, on the compiler's vector extension: loads and stores
+// that convert 16-bit storage, reductions, exp. Include it only from *_kernel.cpp, which is compiled once per ISA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <cstdlib>
+#include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/dtype.h"
+
+namespace pyllm::PYLLM_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class C>
+using Vec [[gnu::vector_size(kVectorBytes)]] = C;
+template <class C>
+inline constexpr int kLanes = kVectorBytes / sizeof(C);
+
+// 16-bit lanes, as many as Vec<float> has.
+using Half16 [[gnu::vector_size(kVectorBytes / 2)]] = uint16_t;
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class C>
+inline Vec<C> splat(C value) {
+  return Vec<C>{} + value;
+}
+
+template <class C>
+inline Vec<C> max(Vec<C> a, Vec<C> b) {
+  return a > b ? a : b;
+}
+
+// --- load and store: storage type T <-> Vec<Compute<T>> ---
+
+inline Vec<float> widen(Half16 bits, BFloat16) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+}
+
+inline Half16 narrow(Vec<float> v, BFloat16) {
+  const auto bits = bit_cast<Vec<uint32_t>>(v);
+  const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  return __builtin_convertvector(v == v ? rounded : Vec<uint32_t>{} + 0x7FC0, Half16);
+}
+
+inline Vec<float> widen(Half16 bits, Float16) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
+#elif defined(__F16C__)
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(bit_cast<_Float16>(static_cast<uint16_t>(bits[i])));
+  return v;
+#endif
+}
+
+inline Half16 narrow(Vec<float> v, Float16) {
+#if defined(__AVX512F__)
+  return bit_cast<Half16>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return bit_cast<Half16>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  Half16 bits;
+  for (int i = 0; i < kLanes<float>; ++i) bits[i] = bit_cast<uint16_t>(static_cast<_Float16>(v[i]));
+  return bits;
+#endif
+}
+
+template <class T>
+inline Vec<Compute<T>> load(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    Half16 bits;
+    std::memcpy(&bits, p, sizeof(bits));
+    return widen(bits, T{});
+  } else {
+    Vec<T> v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+}
+
+template <class T>
+inline void store(T* p, Vec<Compute<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    const Half16 bits = narrow(v, T{});
+    std::memcpy(p, &bits, sizeof(bits));
+  } else {
+    std::memcpy(p, &v, sizeof(v));
+  }
+}
+
+// The first `count` lanes; the others are 0.
+template <class T>
+inline Vec<Compute<T>> load(const T* p, int count) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  if (count == lanes) return load(p);
+  T padded[lanes] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store(T* p, Vec<Compute<T>> v, int count) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  if (count == lanes) return store(p, v);
+  T padded[lanes];
+  store(padded, v);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+// body(i, count) for each vector of a row of n: count is the number of lanes, fewer in the last one.
+template <class C, class Body>
+[[gnu::always_inline]] inline void for_vectors(int64_t n, Body&& body) {
+  constexpr int lanes = kLanes<C>;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) body(i, lanes);
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// --- reductions over the lanes ---
+
+template <class C>
+inline C sum(Vec<C> v) {
+  C lanes[kLanes<C>];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes<C> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+template <class C>
+inline C max(Vec<C> v) {
+  C lanes[kLanes<C>];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes<C> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+}
+
+// --- exp ---
+
+// 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2; within 1.5 ulp; 0 below -87.3 (where the result is subnormal).
+inline Vec<float> exp(Vec<float> x) {
+  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec<float> clamped = max<float>(x, splat(-87.4f));
+  const Vec<float> n = (clamped * 1.44269504f + shift) - shift;
+  Vec<float> r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec<float> p = r * 1.3981999e-3f + 8.3334519e-3f;
+  p = p * r + 4.1665796e-2f;
+  p = p * r + 1.6666666e-1f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  const auto exponent = __builtin_convertvector(n, Vec<int32_t>) << 23;
+  // Two steps, since 2^n alone overflows where the result does not.
+  const auto half = (exponent >> 24) << 23;
+  const Vec<float> low = bit_cast<Vec<float>>(half + (127 << 23));
+  const Vec<float> high = bit_cast<Vec<float>>(exponent - half + (127 << 23));
+  const Vec<float> y = p * low * high;
+  const Vec<float> inf = splat(std::numeric_limits<float>::infinity());
+  return x < -87.3f ? Vec<float>{} : x > 88.73f ? inf : x == x ? y : x;
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// --- scratch memory of a thread, kept for its next call; one buffer for each slot ---
+
+// Not a std::vector: its code would be shared among the instruction sets, and the linker might keep the widest.
+template <class C>
+struct Buffer {
+  C* data = nullptr;
+  int64_t size = 0;
+  ~Buffer() { std::free(data); }
+};
+
+template <class C, int slot = 0>
+inline C* scratch(int64_t n) {
+  static thread_local Buffer<C> buffer;
+  if (buffer.size < n) {
+    std::free(buffer.data);
+    const int64_t bytes = (n * static_cast<int64_t>(sizeof(C)) + 63) / 64 * 64;
+    buffer.data = static_cast<C*>(std::aligned_alloc(64, bytes));
+    buffer.size = n;
+  }
+  return buffer.data;
+}
+
+}  // namespace pyllm::PYLLM_ISA

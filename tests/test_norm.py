@@ -1,0 +1,162 @@
+"""layer_norm, rms_norm, add_layer_norm and add_rms_norm on every backend."""
+
+import pytest
+import torch
+
+import pyllm
+from pyllm import ops
+from pyllm.backend import use_backend
+from pyllm.reference import dropout_keep
+from pyllm.testing import DTYPES, check, evaluate, randn
+
+SHAPES = [(1, 1), (3, 63), (2, 5, 128), (7, 1000), (1, 1, 1, 40), (130, 33), (2, 65536), (0, 16), (2, 0, 8)]
+EPS = 1e-5
+
+
+def plain(name):
+    """The operator as a function of (x, weight, bias)."""
+    if name == "layer_norm":
+        return lambda x, weight, bias: ops.layer_norm(x, weight, bias, EPS)
+    return lambda x, weight, bias: ops.rms_norm(x, weight, EPS)
+
+
+def added(name, p):
+    """The operator as a function of (x, residual, weight, bias)."""
+    if name == "add_layer_norm":
+        return lambda x, residual, weight, bias: ops.add_layer_norm(x, residual, weight, bias, EPS, dropout_p=p)
+    return lambda x, residual, weight, bias: ops.add_rms_norm(x, residual, weight, EPS, dropout_p=p)
+
+
+def parameters(width, dtype, device, name, affine=True):
+    weight = randn(width, dtype=dtype, device=device) if affine else None
+    bias = randn(width, dtype=dtype, device=device) if affine and "layer" in name else None
+    return {"weight": weight, "bias": bias}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_norm(target, name, shape, dtype):
+    backend, device = target
+    x = randn(*shape, dtype=dtype, device=device)
+    check(plain(name), {"x": x, **parameters(shape[-1], dtype, device, name)}, backend)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_norm_without_parameters_and_with_float_ones(target, name, dtype):
+    backend, device = target
+    x = randn(5, 72, dtype=dtype, device=device)
+    check(plain(name), {"x": x, **parameters(72, dtype, device, name, affine=False)}, backend)
+    check(plain(name), {"x": x, **parameters(72, torch.float32, device, name)}, backend)
+    if name == "layer_norm":
+        check(plain(name), {"x": x, "weight": randn(72, dtype=dtype, device=device), "bias": None}, backend)
+        check(plain(name), {"x": x, "weight": None, "bias": randn(72, dtype=dtype, device=device)}, backend)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_strided_inputs(target, name):
+    backend, device = target
+    x = randn(6, 80, 9, device=device, grad=False).transpose(1, 2)[::2, :, ::2].requires_grad_()
+    inputs = {"x": x, **parameters(40, torch.float32, device, name)}
+    if name.startswith("add"):
+        residual = randn(3, 9, 1, device=device, grad=False).expand(3, 9, 40).requires_grad_()
+        check(added(name, 0.0), {**inputs, "residual": residual}, backend)
+    else:
+        check(plain(name), inputs, backend)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+    ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d),
+)
+@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
+def test_add_norm(target, name, dtypes, p):
+    backend, device = target
+    if backend == "torch" and p > 0.0:
+        with use_backend("torch"), pytest.raises(RuntimeError, match="dropout mask would differ"):
+            added(name, p)(randn(2, 8), randn(2, 8), None, None)
+        return
+    for shape in [(3, 63), (2, 4, 130), (0, 8)]:
+        x, residual = (randn(*shape, dtype=d, device=device) for d in dtypes)
+        inputs = {"x": x, "residual": residual, **parameters(shape[-1], dtypes[1], device, name)}
+        check(added(name, p), inputs, backend)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradient_of_one_output_only(target, used):
+    backend, device = target
+    inputs = {"x": randn(3, 24, device=device), "residual": randn(3, 24, device=device), "weight": randn(24).to(device)}
+    check(lambda x, residual, weight: ops.add_rms_norm(x, residual, weight, EPS)[used], inputs, backend)
+
+
+def test_dropout_is_the_reference_mask(target):
+    backend, device = target
+    if backend == "torch":
+        pytest.raises(RuntimeError, added("add_rms_norm", 0.5), randn(1, 8), randn(1, 8), None, None)
+    x, residual = torch.ones(37, 1003, device=device), torch.zeros(37, 1003, device=device)
+    for p in (0.1, 0.5):
+        torch.manual_seed(7)
+        rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=device)
+        torch.manual_seed(7)
+        with use_backend(backend if backend != "torch" else None):
+            _, z = ops.add_rms_norm(x, residual, dropout_p=p)
+        assert torch.equal(z != 0, dropout_keep(rng, p, 1, 37, 1003)[0])
+
+
+def test_repeatable(target):
+    backend, device = target
+    x, weight, bias = randn(300, 96, device=device), randn(96, device=device), randn(96, device=device)
+    runs = [evaluate(plain("layer_norm"), {"x": x, "weight": weight, "bias": bias}, backend) for _ in range(3)]
+    for outputs, gradients in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][0] + runs[0][1], outputs + gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_gradcheck(target, name):
+    backend, device = target
+    x, residual = (randn(2, 7, dtype=torch.float64, device=device) for _ in range(2))
+    weight, bias = (randn(7, dtype=torch.float64, device=device) for _ in range(2))
+    p = 0.3 if backend != "torch" else 0.0
+
+    def run(*tensors):
+        torch.manual_seed(3)
+        if name.startswith("add"):
+            return added(name, p)(*tensors)
+        return plain(name)(*tensors)
+
+    tensors = (x, residual, weight, bias) if name.startswith("add") else (x, weight, bias)
+    if "rms" in name:
+        tensors = (*tensors[:-1], None)
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(run, tensors)
+
+
+BAD = [
+    ("layer_norm", lambda x: ops.layer_norm([1.0]), TypeError, "x must be a Tensor"),
+    ("layer_norm", lambda x: ops.layer_norm(x.int()), TypeError, "x must be float32"),
+    ("layer_norm", lambda x: ops.layer_norm(torch.tensor(1.0)), ValueError, "x must have at least one dimension"),
+    ("layer_norm", lambda x: ops.layer_norm(x, torch.ones(3)), ValueError, r"weight must have shape \(N,\)"),
+    ("layer_norm", lambda x: ops.layer_norm(x, bias=torch.ones(1, 8)), ValueError, "bias must have shape"),
+    ("layer_norm", lambda x: ops.layer_norm(x, torch.ones(8).double()), TypeError, "weight must be torch.float32"),
+    ("layer_norm", lambda x: ops.layer_norm(x, torch.ones(8, device="meta")), RuntimeError, "weight must be on"),
+    ("rms_norm", lambda x: ops.rms_norm(x, torch.ones(8, dtype=torch.long)), TypeError, "weight must be float32"),
+    ("add_layer_norm", lambda x: ops.add_layer_norm(x, x[:1]), ValueError, "residual must have shape"),
+    ("add_layer_norm", lambda x: ops.add_layer_norm(x, x.double()), TypeError, "residual must be"),
+    ("add_layer_norm", lambda x: ops.add_layer_norm(x, x, dropout_p=1.5), ValueError, r"dropout_p must be in \[0, 1\]"),
+    ("add_rms_norm", lambda x: ops.add_rms_norm(x, x, dropout_p="0.1"), TypeError, "dropout_p must be a number"),
+    ("add_rms_norm", lambda x: ops.add_rms_norm(x, None), TypeError, "residual must be a Tensor"),
+]
+
+
+@pytest.mark.parametrize("name, call, error, message", BAD, ids=[f"{n}-{m}" for n, _, _, m in BAD])
+def test_bad_input(name, call, error, message):
+    with pytest.raises(error, match=f"{name}: {message}"):
+        call(torch.randn(2, 8))
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="unknown backend 'cudnn'"):
+        pyllm.use_backend("cudnn")
