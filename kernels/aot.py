@@ -1,0 +1,181 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and gates what the compiler reports.
+
+    python -m pyllm.kernels.aot [--out docs/triton.md] [--targets sm_90 gfx942]
+
+prints a line for each compiled variant, writes the table as Markdown, and exits with 1 if a kernel does not compile,
+spills registers or wants more shared memory than a block may have on the card.
+
+Each module named in MODULES offers its kernels through
+
+    def aot_variants(target: str) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]
+
+which yields (variant, kernel, signature, constexprs, options) as the launchers would compile them on `target`, a key of
+TARGETS (tile sizes may depend on it). variant: what sets it apart, such as "bf16 N=4096". signature: type of each
+argument that is no constexpr, by name: "*bf16", "*i64", "i32", "fp32"; with ":16" after it for a pointer or an integer
+that is known to be a multiple of 16, as nearly all are ("*bf16:16"). constexprs: value by name, which includes pointers
+that are None. options: num_warps, num_stages.
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MODULES = ("attention", "norm", "softmax")
+
+# Name: (backend, architecture, lanes in a warp, bytes of shared memory that one block may have).
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 166_912),
+    "sm_90": ("cuda", 90, 32, 232_448),
+    "sm_100": ("cuda", 100, 32, 232_448),
+    "sm_120": ("cuda", 120, 32, 101_376),
+    "gfx942": ("hip", "gfx942", 64, 65_536),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant on one target. shared: bytes a block; registers: per thread; spills: bytes per thread."""
+
+    kernel: str
+    variant: str
+    target: str
+    shared: int = 0
+    registers: int = 0
+    spills: int = 0
+    error: str = ""
+
+
+def verdict(row: Row) -> str | None:
+    """Why the gate refuses this row, or None if it does not."""
+    limit = TARGETS[row.target][3]
+    if row.error:
+        return f"does not compile: {row.error}"
+    if row.shared > limit:
+        return f"wants {row.shared:,} B of shared memory, {row.target} has {limit:,}"
+    if row.spills:
+        return f"spills {row.spills} B of registers per thread"
+    return None
+
+
+def compile_variant(target: str, variant: str, kernel, signature: dict, constexprs: dict, options: dict) -> Row:
+    """Compiles one variant, as `aot_variants` yields it, for one target."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
+    divisible = [i for i, ty in enumerate(types.values()) if ty.endswith(":16")]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: ty.removesuffix(":16") for name, ty in types.items()},
+        constexprs=constexprs,
+        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+    )
+    name = kernel.__name__
+    try:
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target][:3]), options=options)
+        registers, spills = _resources(compiled.asm)
+    except Exception as problem:  # whatever stops a compiler is a row of the table
+        return Row(name, variant, target, error=f"{type(problem).__name__}: {problem}".splitlines()[0])
+    return Row(name, variant, target, compiled.metadata.shared, registers, spills)
+
+
+def _resources(asm: dict) -> tuple[int, int]:
+    """(registers, bytes spilled) per thread, from the machine code."""
+    if "amdgcn" in asm:
+        vector, accumulation, spilled = (
+            int(re.search(rf"\.{field}_count:\s+(\d+)", asm["amdgcn"]).group(1))
+            for field in ("vgpr", "agpr", "vgpr_spill")
+        )
+        return max(vector, accumulation), 4 * spilled
+    from triton.backends import nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()
+    return int(registers), int(stack)
+
+
+def _compile_module(task: tuple[str, str]) -> list[Row]:
+    module, target = task
+    variants: Iterator = importlib.import_module(f"pyllm.kernels.{module}").aot_variants(target)
+    return [compile_variant(target, *variant) for variant in variants]
+
+
+def compile_all(targets: Sequence[str], workers: int = 2) -> Iterator[Row]:
+    """A row for each variant of each module on each target."""
+    os.environ.pop("TRITON_INTERPRET", None)  # the workers must see compilable kernels, not interpreted ones
+    tasks = [(module, target) for module in MODULES for target in targets]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for rows in pool.imap(_compile_module, tasks):
+            yield from rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    import triton
+
+    limits = "; ".join(f"{name} {limit:,}" for name, (*_, limit) in TARGETS.items())
+    refused = sum(verdict(row) is not None for row in rows)
+    lines = [
+        "# Triton kernels, compiled ahead of time",
+        "",
+        f"Written by `python -m pyllm.kernels.aot` with Triton {triton.__version__}, without a GPU. What compiles here",
+        "has not thereby run: see [verified.md](verified.md). Shared memory is in bytes a block, registers are per",
+        "thread, spills in bytes per thread. Bytes of shared memory that a block may have: " + limits + ".",
+        "",
+        f"{len(rows)} compilations, {refused} refused.",
+        "",
+        "| kernel | variant | target | shared | registers | spills | verdict |",
+        "|---|---|---|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        cells = (
+            row.kernel,
+            row.variant,
+            row.target,
+            f"{row.shared:,}",
+            row.registers,
+            row.spills,
+            verdict(row) or "ok",
+        )
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pyllm.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="where to write the Markdown table")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    arguments = parser.parse_args(argv)
+    rows = []
+    for row in compile_all(arguments.targets):
+        rows.append(row)
+        print(
+            f"{row.target:7} {row.kernel} [{row.variant}] shared={row.shared} registers={row.registers}",
+            f"spills={row.spills} {verdict(row) or 'ok'}",
+            flush=True,
+        )
+    if arguments.out:
+        rows.sort(key=lambda row: (row.kernel, row.variant))
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(markdown(rows))
+    refused = [row for row in rows if verdict(row) is not None]
+    print(f"{len(rows)} compilations, {len(refused)} refused")
+    for row in refused:
+        print(f"{row.target} {row.kernel} [{row.variant}]: {verdict(row)}", file=sys.stderr)
+    return 1 if refused or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
