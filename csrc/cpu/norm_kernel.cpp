@@ -49,44 +49,38 @@ void forward(const NormForward& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const X* x = args.x.as<const X>() + row * n;
     const C* values = row_buffer;  // this row of z, in the compute type
-    Vec<C> total{};
+    Totals<C, 1> total;
     if (args.residual) {
       const Z* residual = args.residual.as<const Z>() + row * n;
       Z* z = args.z.as<Z>() + row * n;
       const C* keep = args.dropout ? keep_factors<C>(args.dropout, row, n) : nullptr;
-      for_vectors<C>(n, [&](int64_t i, int count) {
+      total = accumulate<C, 1>(n, [&](int64_t i, int count, Vec<C>* terms) {
         Vec<C> v = load(x + i, count);
         if (keep != nullptr) v *= load(keep + i);
         store(z + i, v + load(residual + i, count), count);
         v = load(z + i, count);  // as rounded: what the backward sees
         store(row_buffer + i, v, count);
-        total += args.rms ? v * v : v;
-      });
-    } else if constexpr (std::is_same_v<X, C>) {
-      values = x;
-      for_vectors<C>(n, [&](int64_t i, int count) {
-        const Vec<C> v = load(x + i, count);
-        total += args.rms ? v * v : v;
+        terms[0] += args.rms ? v * v : v;
       });
     } else {
-      for_vectors<C>(n, [&](int64_t i, int count) {
+      if constexpr (std::is_same_v<X, C>) values = x;
+      total = accumulate<C, 1>(n, [&](int64_t i, int count, Vec<C>* terms) {
         const Vec<C> v = load(x + i, count);
-        store(row_buffer + i, v, count);
-        total += args.rms ? v * v : v;
+        if constexpr (!std::is_same_v<X, C>) store(row_buffer + i, v, count);
+        terms[0] += args.rms ? v * v : v;
       });
     }
     C mean = 0;
     if (!args.rms) {
-      mean = sum<C>(total) / static_cast<C>(n);
-      total = Vec<C>{};
-      for_vectors<C>(n, [&](int64_t i, int count) {
+      mean = total.value[0] / static_cast<C>(n);
+      total = accumulate<C, 1>(n, [&](int64_t i, int count, Vec<C>* terms) {
         const Vec<C> d = load(values + i, count) - mean;
         const Vec<C> square = d * d;
-        total += count == kLanes<C> ? square : load(reinterpret_cast<const C*>(&square), count);
+        terms[0] += count == kLanes<C> ? square : load(reinterpret_cast<const C*>(&square), count);
       });
       static_cast<C*>(args.mean)[row] = mean;
     }
-    const C rstd = 1 / std::sqrt(sum<C>(total) / static_cast<C>(n) + static_cast<C>(args.eps));
+    const C rstd = 1 / std::sqrt(total.value[0] / static_cast<C>(n) + static_cast<C>(args.eps));
     static_cast<C*>(args.rstd)[row] = rstd;
     Z* y = args.y.as<Z>() + row * n;
     for_vectors<C>(n, [&](int64_t i, int count) {
@@ -103,9 +97,16 @@ void backward(const NormBackward& args, int64_t chunk) {
   using C = Compute<Z>;
   const int64_t n = args.width;
   const C* weight = parameter<C, 0>(args.weight, n);
-  C* dweight = static_cast<C*>(args.partials) + chunk * 2 * n;
+  // Sums over few rows first, then over those sums: the rounding error grows with neither.
+  constexpr int64_t kRowsPerSum = 16;
+  C* totals = static_cast<C*>(args.partials) + chunk * 2 * n;
+  C* dweight = scratch<C, 1>(2 * n);
   C* dbias = dweight + n;
-  if (args.partials != nullptr) std::memset(dweight, 0, 2 * n * sizeof(C));
+  const int64_t sums = args.partials == nullptr ? 0 : args.rms ? n : 2 * n;
+  if (sums > 0) {
+    std::memset(totals, 0, 2 * n * sizeof(C));
+    std::memset(dweight, 0, sums * sizeof(C));
+  }
   const int64_t begin = chunk * args.rows_per_chunk;
   const int64_t end = begin + args.rows_per_chunk < args.rows ? begin + args.rows_per_chunk : args.rows;
   for (int64_t row = begin; row < end; ++row) {
@@ -113,19 +114,19 @@ void backward(const NormBackward& args, int64_t chunk) {
     const Z* z = args.z.as<const Z>() + row * n;
     const C mean = args.rms ? 0 : static_cast<const C*>(args.mean)[row];
     const C rstd = static_cast<const C*>(args.rstd)[row];
-    Vec<C> total{}, projected{};  // sums of w dy and of w dy xhat; lanes beyond the row have dy = 0
-    for_vectors<C>(n, [&](int64_t i, int count) {
+    // Sums of w dy and of w dy xhat; lanes beyond the row have dy = 0.
+    const auto total = accumulate<C, 2>(n, [&](int64_t i, int count, Vec<C>* terms) {
       const Vec<C> g = load(dy + i, count), xhat = (load(z + i, count) - mean) * rstd;
       const Vec<C> wg = weight != nullptr ? g * load(weight + i, count) : g;
-      total += wg;
-      projected += wg * xhat;
-      if (args.partials != nullptr) {
+      terms[0] += wg;
+      terms[1] += wg * xhat;
+      if (sums > 0) {
         store(dweight + i, load(dweight + i, count) + g * xhat, count);
         if (!args.rms) store(dbias + i, load(dbias + i, count) + g, count);
       }
     });
-    const C shift = args.rms ? 0 : sum<C>(total) / static_cast<C>(n);
-    const C slope = sum<C>(projected) / static_cast<C>(n);
+    const C shift = args.rms ? 0 : total.value[0] / static_cast<C>(n);
+    const C slope = total.value[1] / static_cast<C>(n);
     const Z* dz = args.dz ? args.dz.as<const Z>() + row * n : nullptr;
     Z* dresidual = args.dresidual.as<Z>() + row * n;
     X* dx = args.dx ? args.dx.as<X>() + row * n : nullptr;
@@ -138,6 +139,12 @@ void backward(const NormBackward& args, int64_t chunk) {
       store(dresidual + i, d, count);
       if (dx != nullptr) store(dx + i, keep != nullptr ? d * load(keep + i) : d, count);
     });
+    if ((row - begin) % kRowsPerSum == kRowsPerSum - 1 || row + 1 == end) {
+      for_vectors<C>(sums, [&](int64_t i, int count) {
+        store(totals + i, load(totals + i, count) + load(dweight + i, count), count);
+        store(dweight + i, Vec<C>{}, count);
+      });
+    }
   }
 }
 

@@ -156,6 +156,33 @@ inline C max(Vec<C> v) {
   return lanes[0];
 }
 
+// body(i, count, terms) for each vector of a row of n adds to the `sums` vectors that `terms` points to; returns their
+// sums over the row. Four sets of accumulators hide the latency of the additions; summing blocks first keeps rounding
+// errors small in wide rows.
+template <class C, int sums>
+struct Totals {
+  C value[sums];
+};
+template <class C, int sums, class Body>
+[[gnu::always_inline]] inline Totals<C, sums> accumulate(int64_t n, Body&& body) {
+  constexpr int lanes = kLanes<C>;
+  constexpr int64_t block = 32 * 4 * lanes;
+  Vec<C> total[sums] = {};
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = n - i < block ? n : i + block;
+    Vec<C> terms[4][sums] = {};
+    for (; i + 4 * lanes <= end; i += 4 * lanes)
+      for (int set = 0; set < 4; ++set) body(i + set * lanes, lanes, terms[set]);
+    for (; i + lanes <= end; i += lanes) body(i, lanes, terms[0]);
+    if (i < end) body(i, static_cast<int>(end - i), terms[1]);
+    i = end;
+    for (int s = 0; s < sums; ++s) total[s] += (terms[0][s] + terms[1][s]) + (terms[2][s] + terms[3][s]);
+  }
+  Totals<C, sums> totals;
+  for (int s = 0; s < sums; ++s) totals.value[s] = sum<C>(total[s]);
+  return totals;
+}
+
 // --- exp ---
 
 // 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2; within 1.5 ulp; 0 below -87.3 (where the result is subnormal).
