@@ -1,7 +1,8 @@
 """Fused attention, LayerNorm and softmax kernels for PyTorch, behind operators and drop-in layers."""
 
-from pyllm import ops
+from pyllm import nn, ops
 from pyllm.backend import backends, use_backend
+from pyllm.patching import patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backends", "ops", "use_backend"]
+__all__ = ["__version__", "backends", "nn", "ops", "patch", "unpatch", "use_backend"]

@@ -1,0 +1,179 @@
+"""MultiheadAttention: torch.nn's module of this name on pyllm's fused attention."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyllm import ops
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """Replaces torch.nn.MultiheadAttention: same constructor, parameters, masks, return values.
+
+    What differs: a query with nothing to attend to gets 0 before the output projection, and weights of 0, where torch
+    gives NaN. Without need_weights no score matrix exists in memory, in training either; the packed projection is read
+    in place for both batch_first. Masks of different types may be mixed without a warning. NestedTensors are refused.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of query (B, L, embed_dim) over key (B, S, kdim) and value (B, S, vdim).
+
+        (L, B, E) and (S, B, E) unless batch_first; (L, E) and (S, E) are taken as one sample. Masks: attn_mask (L, S)
+        or (B * num_heads, L, S), key_padding_mask (B, S), or (S) for one sample: bool, True = ignore, or float, added.
+        is_causal promises that attn_mask is the causal one, which then need not be read.
+        Returns the output in query's shape and, with need_weights, the weights (B, L, S), or (B, num_heads, L, S)
+        without average_attn_weights; dropout is in them, for the output is then these weights times the values.
+        Raises AssertionError or RuntimeError, as torch does, where shapes or mask types do not fit.
+        """
+        batched = self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        sequence_first = batched and not self.batch_first
+        q, k, v = (
+            t.permute(1, 2, 0, 3) if sequence_first else t.transpose(-3, -2)  # (B, H, S, D)
+            for t in self._project(query, key, value)
+        )
+        if not batched:
+            q, k, v = q[None], k[None], v[None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        extended = self.bias_k is not None or self.add_zero_attn
+        # As in torch, whose hint also hides the keys that add_bias_kv and add_zero_attn append.
+        is_causal = is_causal and not need_weights and not (extended and key_padding_mask is not None)
+        attn_mask, key_padding_mask = _sdpa_masks(
+            None if is_causal else attn_mask, key_padding_mask, q.shape[0], self.num_heads
+        )
+        if extended:
+            k, v, attn_mask, key_padding_mask = self._extend(k, v, attn_mask, key_padding_mask)
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            weights = attention_weights(q, k, **masks, dropout_p=dropout_p)
+            out = weights.to(v.dtype) @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights[0]
+        else:
+            out = ops.attention(q, k, v, **masks, is_causal=is_causal, dropout_p=dropout_p)
+        out = (out.permute(2, 0, 1, 3) if sequence_first else out.transpose(1, 2)).flatten(-2)
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        return (out if batched else out[0]), weights
+
+    def _check(self, query, key, value, key_padding_mask, attn_mask, is_causal) -> bool:
+        """Whether the input is batched. Raises torch's errors."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise AssertionError("MultiheadAttention: NestedTensor is not supported")
+        batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask, which must be given with it")
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"query must have embed_dim {self.embed_dim}, got {query.shape[-1]}")
+        together = key.shape == value.shape if self._qkv_same_embed_dim else key.shape[:-1] == value.shape[:-1]
+        if not together:
+            raise AssertionError(f"key's shape {tuple(key.shape)} does not match value's {tuple(value.shape)}")
+        batch_dim, length_dim = (0, 1) if self.batch_first else (1, 0)
+        batch = query.shape[batch_dim] if batched else 1
+        length, source = (t.shape[length_dim] if batched else t.shape[0] for t in (query, key))
+        if batched and key.shape[batch_dim] != batch:
+            raise RuntimeError(f"key must have query's batch size {batch}, got {key.shape[batch_dim]}")
+        if key_padding_mask is not None and key_padding_mask.shape != ((batch, source) if batched else (source,)):
+            raise AssertionError(f"key_padding_mask must be {(batch, source)}, got {tuple(key_padding_mask.shape)}")
+        if attn_mask is not None:
+            expected = (length, source) if attn_mask.dim() == 2 else (batch * self.num_heads, length, source)
+            if attn_mask.shape != expected:
+                raise RuntimeError(f"attn_mask must be {expected}, got {tuple(attn_mask.shape)}")
+        return batched
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Queries, keys and values (..., H, D): one matrix product for arguments that are the same tensor."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            return _product(query, weight, bias, 3, self.num_heads)
+        inputs, parts = (
+            ((query, key), [1, 2]) if weight is not None and key is value else ((query, key, value), [1] * 3)
+        )
+        sizes = [n * self.embed_dim for n in parts]
+        weights = (
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.split(sizes)
+        )
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        arguments = zip(inputs, weights, biases, parts, strict=True)
+        return [t for x, w, b, n in arguments for t in _product(x, w, b, n, self.num_heads)]
+
+    def _extend(self, k, v, attn_mask, key_padding_mask):
+        """Appends the learned key and value of add_bias_kv and the zeros of add_zero_attn; every query sees them."""
+        added = 0
+        if self.bias_k is not None:
+            shape = (k.shape[0], self.num_heads, 1, self.head_dim)
+            k = torch.cat([k, self.bias_k.view(1, *shape[1:]).expand(shape)], 2)
+            v = torch.cat([v, self.bias_v.view(1, *shape[1:]).expand(shape)], 2)
+            added += 1
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            added += 1
+        if attn_mask is not None:
+            attn_mask = F.pad(attn_mask, (0, added), value=1.0 if attn_mask.dtype == torch.bool else 0.0)
+        if key_padding_mask is not None:
+            key_padding_mask = F.pad(key_padding_mask, (0, added))
+        return k, v, attn_mask, key_padding_mask
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """dropout(softmax(query key^T / sqrt(D) + masks)) as a matrix (B, H, Sq, Sk), differentiable.
+
+    query (B, H, Sq, D), key (B, H, Sk, D); the masks are those of `pyllm.ops.attention`. An empty row gives 0.
+    """
+    scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.mT
+    if key_padding_mask is not None:
+        padding = key_padding_mask[:, None, None, :]
+        attn_mask = ~padding if attn_mask is None else _hide(attn_mask, padding)
+    weights = ops.softmax(scores, attn_mask=attn_mask)
+    return F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """x weight^T + bias (..., parts * E) as `parts` views (..., H, D)."""
+    return F.linear(x, weight, bias).unflatten(-1, (parts, heads, -1)).unbind(-3)
+
+
+def _sdpa_masks(attn_mask, key_padding_mask, batch: int, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """torch.nn's masks as those of `pyllm.ops.attention`: True = take part in attn_mask; only bool key padding."""
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (batch, heads))
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        padding = key_padding_mask[:, None, None, :]
+        if attn_mask is None:
+            attn_mask = padding
+        elif attn_mask.dtype == torch.bool:
+            attn_mask = _hide(padding, ~attn_mask)
+        else:
+            attn_mask = attn_mask + padding
+        key_padding_mask = None
+    return attn_mask, key_padding_mask
+
+
+def _hide(attn_mask: Tensor, hidden: Tensor) -> Tensor:
+    """attn_mask (True = take part, or added) without the positions where hidden is True."""
+    return attn_mask & ~hidden if attn_mask.dtype == torch.bool else attn_mask.masked_fill(hidden, -math.inf)

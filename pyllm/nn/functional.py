@@ -1,0 +1,142 @@
+"""torch.nn.functional's functions of these names, with its signatures, on pyllm's operators.
+
+A row that masks or -inf leave empty gives 0 where torch gives NaN; everything else is torch's.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyllm import ops
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch.nn.functional.layer_norm: normalises the last len(normalized_shape) dimensions of input.
+
+    Shapes: input (*, *normalized_shape), weight and bias normalized_shape; dtypes as in `pyllm.ops.layer_norm`.
+    Raises RuntimeError where a shape does not fit.
+    """
+    _check_normalized("layer_norm", input, normalized_shape, weight, bias)
+    if len(normalized_shape) == 1:
+        return ops.layer_norm(input, weight, bias, eps)
+    rows = input.flatten(-len(normalized_shape))
+    return ops.layer_norm(rows, _flat(weight), _flat(bias), eps).view(input.shape)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """torch.nn.functional.rms_norm; shapes, dtypes and errors as in `layer_norm`. eps=None: input's machine epsilon."""
+    _check_normalized("rms_norm", input, normalized_shape, weight)
+    if len(normalized_shape) == 1:
+        return ops.rms_norm(input, weight, eps)
+    return ops.rms_norm(input.flatten(-len(normalized_shape)), _flat(weight), eps).view(input.shape)
+
+
+def _check_normalized(name: str, input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> None:
+    shape = tuple(normalized_shape)
+    if not shape or input.shape[-len(shape) :] != shape:
+        raise RuntimeError(f"{name}: input must end in normalized_shape {shape}, got shape {tuple(input.shape)}")
+    for parameter in parameters:
+        if parameter is not None and parameter.shape != shape:
+            raise RuntimeError(
+                f"{name}: weight and bias must have normalized_shape {shape}, got {tuple(parameter.shape)}"
+            )
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.flatten()
+
+
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.nn.functional.softmax along dim, of any shape; dtype is what input is converted to first.
+
+    dim=None chooses 0 for 0, 1 or 3 dimensions, else 1, with torch's warning. Raises IndexError for a dim out of range.
+    """
+    return _along("softmax", ops.softmax, input, dim, _stacklevel, dtype)
+
+
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """torch.nn.functional.log_softmax: the logarithm of `softmax`, with its arguments."""
+    return _along("log_softmax", ops.log_softmax, input, dim, _stacklevel, dtype)
+
+
+def _along(name, operator, input, dim, stacklevel, dtype) -> Tensor:
+    if dim is None:
+        dim = F._get_softmax_dim(name, input.dim(), stacklevel + 1)
+    if dtype is not None:
+        input = input.to(dtype)
+    if input.dim() == 0:
+        return operator(input[None], dim)[0]
+    return operator(input, dim)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention: softmax(query key^T scale + mask) value.
+
+    Shapes: query (*, H, L, E), key (*, Hkv, S, E), value (*, Hkv, S, Ev), any number of leading dimensions, which
+    broadcast; Hkv may be a divisor of H with enable_gqa. attn_mask broadcasts to (*, H, L, S): bool (True = take
+    part) or float (added), and excludes is_causal. Returns (*, H, L, Ev). E and Ev go up to 256.
+    Raises RuntimeError, ValueError or TypeError for arguments that do not fit.
+    """
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("scaled_dot_product_attention: attn_mask must not be set when is_causal=True")
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if tensor.dim() < 2:
+            raise RuntimeError(f"scaled_dot_product_attention: {name} must have 2 dimensions or more")
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    leading = query.shape[:-2]
+    if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]) or (
+        not enable_gqa and not query.shape[1] == key.shape[1] == value.shape[1]
+    ):
+        leading, query, key, value, attn_mask = _four_dimensions(query, key, value, attn_mask, enable_gqa)
+    width = value.shape[-1]
+    if width != query.shape[-1]:
+        widest = max(width, query.shape[-1])  # zeros alter neither the scores nor the columns that are kept
+        query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
+    out = ops.attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
+    out = out if width == out.shape[-1] else out[..., :width]
+    return out if len(leading) == 2 else out.reshape(*leading, *out.shape[-2:])
+
+
+def _four_dimensions(query, key, value, attn_mask, enable_gqa):
+    """The leading shape of the result, and the tensors as (B, H, S, D), broadcast against one another."""
+    tensors = [query, key, value]
+    while min(t.dim() for t in tensors) < 3:
+        tensors = [t if t.dim() > 2 else t[None] for t in tensors]
+    heads = [t.shape[-3] for t in tensors]
+    if not enable_gqa:
+        heads = [torch.broadcast_shapes(*((n,) for n in heads))[0]] * 3
+    batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+    rank = max(query.dim(), key.dim(), value.dim()) - 2
+    tensors = [
+        t.expand(*batch, n, *t.shape[-2:]).reshape(batch.numel(), n, *t.shape[-2:])
+        for t, n in zip(tensors, heads, strict=True)
+    ]
+    if attn_mask is not None and attn_mask.dim() > 3:
+        tail = attn_mask.shape[-3:]
+        attn_mask = attn_mask.expand(*batch, *tail).reshape(batch.numel(), *tail)
+    return (*batch, heads[0])[max(0, len(batch) + 1 - rank) :], *tensors, attn_mask

@@ -1,0 +1,55 @@
+"""Transformer: torch.nn's encoder-decoder of this name on pyllm's layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyllm.nn.decoder import TransformerDecoder, TransformerDecoderLayer
+from pyllm.nn.encoder import TransformerEncoder, TransformerEncoderLayer
+from pyllm.nn.norm import LayerNorm
+
+
+class Transformer(torch.nn.Transformer):
+    """Replaces torch.nn.Transformer: same constructor, initialisation, parameters, masks, numbers.
+
+    What differs is what differs in `TransformerEncoder` and `TransformerDecoder`, of which it is made. custom_encoder
+    and custom_decoder are used as they are given.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        custom_encoder: Any | None = None,
+        custom_decoder: Any | None = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        factory = {"bias": bias, "device": device, "dtype": dtype}
+
+        def stack(stack_type, layer_type, depth):
+            layer = layer_type(
+                d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, **factory
+            )
+            return stack_type(layer, depth, LayerNorm(d_model, eps=layer_norm_eps, **factory))
+
+        # The order in which torch makes them, for the same random numbers.
+        if custom_encoder is None:
+            custom_encoder = stack(TransformerEncoder, TransformerEncoderLayer, num_encoder_layers)
+        if custom_decoder is None:
+            custom_decoder = stack(TransformerDecoder, TransformerDecoderLayer, num_decoder_layers)
+        super().__init__(
+            d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
+        )

@@ -1,0 +1,100 @@
+"""patch and unpatch: turn the torch.nn layers of a model that exists into pyllm's, and back.
+
+Only the class of a module changes, and pyllm's classes add no state: parameters, buffers, hooks, optimizers and the
+state_dict are the very same objects before and after. Nothing in torch itself is changed.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import Module
+
+from pyllm import nn
+
+_REPLACEMENTS = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if name != "functional"}
+_ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
+_MARK = "_pyllm_patched"  # in the module's __dict__, so that copies of a patched model can be unpatched
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 256
+
+
+@dataclass
+class Report:
+    """What `patch` or `unpatch` did, by qualified name ("" is the model itself).
+
+    replaced: name -> class the module had; left: name -> why a module of one of torch's layers stayed what it is.
+    """
+
+    action: str
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        counts = Counter(self.replaced.values())
+        lines = [f"{self.action} {len(self.replaced)} modules" + (f", left {len(self.left)}" if self.left else "")]
+        lines += [f"  {count} x {kind}" for kind, count in counts.items()]
+        lines += [f"  left {name or '(the model)'}: {why}" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+
+def patch(model: Module) -> Report:
+    """Replaces torch.nn's layers in model by pyllm's of the same name, in place; patching twice is patching once.
+
+    Replaced are LayerNorm, RMSNorm, Softmax, MultiheadAttention and the Transformer classes, where a module is exactly
+    of that class: the report says which modules were left, and why. Raises TypeError if model is not a Module.
+    """
+    report = Report("replaced")
+    for name, module in _modules("patch", model):
+        kind = type(module)
+        if kind in _ORIGINALS or not isinstance(module, tuple(_REPLACEMENTS)):
+            continue
+        why = _unfit(module)
+        if why is not None:
+            report.left[name] = why
+            continue
+        module.__class__ = _REPLACEMENTS[kind]
+        module.__dict__[_MARK] = True
+        report.replaced[name] = kind.__name__
+    return report
+
+
+def unpatch(model: Module) -> Report:
+    """Gives every module that `patch` replaced its torch.nn class back. Modules built as pyllm's stay as they are.
+
+    A module whose class was changed after `patch` is left. Raises TypeError if model is not a Module.
+    """
+    report = Report("restored")
+    for name, module in _modules("unpatch", model):
+        if _MARK not in module.__dict__:
+            continue
+        kind = type(module)
+        if kind not in _ORIGINALS:
+            report.left[name] = f"its class was changed to {kind.__name__} after patch"
+            continue
+        del module.__dict__[_MARK]
+        module.__class__ = _ORIGINALS[kind]
+        report.replaced[name] = kind.__name__
+    return report
+
+
+def _modules(function: str, model: Module):
+    if not isinstance(model, Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _unfit(module: Module) -> str | None:
+    """Why a module of one of torch's classes, or of a subclass, cannot be pyllm's; None if it can."""
+    kind = type(module)
+    if kind not in _REPLACEMENTS:
+        base = next(b for b in kind.__mro__ if b in _REPLACEMENTS)
+        return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.{base.__name__}"
+    if "forward" in module.__dict__:
+        return f"{kind.__name__}.forward was replaced on this instance"
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dtype not in _DTYPES:
+            return f"{kind.__name__}.{name} is {parameter.dtype}"
+    if kind is torch.nn.MultiheadAttention and module.head_dim > _MAX_HEAD_DIM:
+        return f"{kind.__name__} has head_dim {module.head_dim}, above {_MAX_HEAD_DIM}"
+    return None
