@@ -28,10 +28,12 @@ class Implementation:
     """One backend's implementation of an operator.
 
     run takes the operator's validated arguments; unfit takes the same and returns why it cannot serve them, or None.
+    fused=False: a composition of several PyTorch calls rather than one kernel.
     """
 
     run: Callable
     unfit: Callable[..., str | None] | None = None
+    fused: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Choice:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: str
+    fused: bool
 
 
 @dataclass
@@ -119,7 +122,7 @@ def select(op: Operator, tensor: Tensor, *args) -> Callable:
                 why = implementation.unfit(tensor, *args)
         if why is None:
             if _recording is not None:
-                _record(op, name, "; ".join([reason, *refusals]), tensor)
+                _record(op, name, "; ".join([reason, *refusals]), tensor, implementation.fused)
             return implementation.run
         refusals.append(f"backend {name!r} cannot run {op.name}: {why}")
     raise RuntimeError("; ".join(refusals))
@@ -138,8 +141,8 @@ def _candidates(op: Operator, device: str, dtype: torch.dtype) -> list[tuple[str
     return ranked
 
 
-def _record(op: Operator, name: str, reason: str, tensor: Tensor) -> None:
-    _recording.append(Choice(op.name, name, reason, tuple(tensor.shape), tensor.dtype, str(tensor.device)))
+def _record(op: Operator, name: str, reason: str, tensor: Tensor, fused: bool) -> None:
+    _recording.append(Choice(op.name, name, reason, tuple(tensor.shape), tensor.dtype, str(tensor.device), fused))
 
 
 @contextmanager

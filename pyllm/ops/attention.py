@@ -237,5 +237,5 @@ def _reference(*args):
 ATTENTION = Operator(
     "attention",
     on_kernels(_on, attention_fwd, attention_bwd)
-    | {"torch": Implementation(_sdpa, _unfit_for_sdpa), "reference": Implementation(_reference)},
+    | {"torch": Implementation(_sdpa, _unfit_for_sdpa), "reference": Implementation(_reference, fused=False)},
 )

@@ -321,23 +321,29 @@ def _no_dropout(x, *args) -> str | None:
 LAYER_NORM = Operator(
     "layer_norm",
     on_kernels(_layer_norm_on, layer_norm_fwd, layer_norm_bwd)
-    | {"torch": Implementation(_torch_layer_norm), "reference": Implementation(reference.layer_norm)},
+    | {"torch": Implementation(_torch_layer_norm), "reference": Implementation(reference.layer_norm, fused=False)},
 )
 RMS_NORM = Operator(
     "rms_norm",
     on_kernels(_rms_norm_on, rms_norm_fwd, rms_norm_bwd)
-    | {"torch": Implementation(_torch_rms_norm), "reference": Implementation(reference.rms_norm)},
+    | {
+        "torch": Implementation(_torch_rms_norm, fused=False),
+        "reference": Implementation(reference.rms_norm, fused=False),
+    },
 )
 ADD_LAYER_NORM = Operator(
     "add_layer_norm",
     on_kernels(_add_layer_norm_on, add_layer_norm_fwd, add_layer_norm_bwd)
     | {
-        "torch": Implementation(_torch_add_layer_norm, _no_dropout),
-        "reference": Implementation(reference.add_layer_norm),
+        "torch": Implementation(_torch_add_layer_norm, _no_dropout, fused=False),
+        "reference": Implementation(reference.add_layer_norm, fused=False),
     },
 )
 ADD_RMS_NORM = Operator(
     "add_rms_norm",
     on_kernels(_add_rms_norm_on, add_rms_norm_fwd, add_rms_norm_bwd)
-    | {"torch": Implementation(_torch_add_rms_norm, _no_dropout), "reference": Implementation(reference.add_rms_norm)},
+    | {
+        "torch": Implementation(_torch_add_rms_norm, _no_dropout, fused=False),
+        "reference": Implementation(reference.add_rms_norm, fused=False),
+    },
 )

@@ -123,10 +123,10 @@ def _on_torch(function) -> Implementation:
 SOFTMAX = Operator(
     "softmax",
     on_kernels(_on, softmax_fwd, softmax_bwd)
-    | {"torch": _on_torch(torch.softmax), "reference": Implementation(reference.softmax)},
+    | {"torch": _on_torch(torch.softmax), "reference": Implementation(reference.softmax, fused=False)},
 )
 LOG_SOFTMAX = Operator(
     "log_softmax",
     on_kernels(_on, log_softmax_fwd, log_softmax_bwd)
-    | {"torch": _on_torch(torch.log_softmax), "reference": Implementation(reference.log_softmax)},
+    | {"torch": _on_torch(torch.log_softmax), "reference": Implementation(reference.log_softmax, fused=False)},
 )
