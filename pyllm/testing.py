@@ -96,7 +96,8 @@ def _truth_and_plain(function: Callable, inputs: Inputs, seed: int) -> tuple[lis
     ulps = 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     truth = [*truth[0], *truth[1]]
     return truth, [
-        None if t is None else t + ulps * (p.double() - t32) for t, t32, p in zip(truth, truth32, plain32, strict=True)
+        None if t is None else (t + ulps * (p.double() - t32)).to(t.dtype)
+        for t, t32, p in zip(truth, truth32, plain32, strict=True)
     ]
 
 

@@ -1,0 +1,343 @@
+"""Attention's contract, the same on every backend."""
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from conftest import TARGETS
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyllm
+from pyllm import reference
+from pyllm.ops import attention
+from pyllm.ops._registration import draw_rng
+from pyllm.testing import DTYPES, check, evaluate, randn
+
+WITHOUT_TORCH = [t for t in TARGETS if t.values[0][0] != "torch"]
+KERNELS = [t for t in WITHOUT_TORCH if t.values[0][0] != "reference"]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. mask and padding tell what `inputs` makes; fits_torch whether PyTorch's own kernel can serve it."""
+
+    name: str
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    sq: int = 7
+    sk: int = 7
+    dim: int = 8
+    layout: str = "bhsd"  # packed: views of (B, S, 3, H, D)
+    mask: tuple[int, ...] | None = None
+    mask_kind: str = "bool"  # bool, float (query's dtype), float32, frozen (float without gradient), lowest
+    padding: bool = False
+    fits_torch: bool = False
+    options: dict = field(default_factory=dict)
+
+    def inputs(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+        """Leaf tensors by name; `call` makes query, key and value of them."""
+        b, h, hkv, sq, sk, d = self.batch, self.heads, self.kv_heads, self.sq, self.sk, self.dim
+        make = functools.partial(randn, dtype=dtype, device=device)
+        if self.layout == "packed":
+            made = {"qkv": make(b, sq, 3, h, d)}
+        else:
+            shapes = {"query": (b, h, sq, d), "key": (b, hkv, sk, d), "value": (b, hkv, sk, d)}
+            order = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "bhds": (0, 1, 3, 2)}[self.layout]
+            made = {name: make(*(shape[i] for i in order)) for name, shape in shapes.items()}
+        if self.mask is not None:
+            made["attn_mask"] = self._mask(dtype, device)
+        if self.padding:
+            keys = torch.arange(sk, device=device)
+            lengths = torch.tensor([0, *[max(1, sk - 3 - i) for i in range(b - 1)]], device=device)
+            made["key_padding_mask"] = keys >= lengths[:, None]
+        return made
+
+    def _mask(self, dtype, device) -> Tensor:
+        chosen = (torch.rand(self.mask) > 0.3).to(device)
+        if self.mask_kind == "bool":
+            return chosen
+        dtype = torch.float32 if self.mask_kind == "float32" else dtype
+        values = randn(*self.mask, dtype=dtype, device=device, grad=False)
+        if self.mask_kind == "lowest":
+            return torch.where(chosen & (torch.arange(self.mask[-2], device=device) != 1)[:, None], values, _LOWEST)
+        return torch.where(chosen, values, -torch.inf).requires_grad_(self.mask_kind != "frozen")
+
+    def call(self, qkv=None, query=None, key=None, value=None, **masks):
+        """The attention of what `inputs` made, with the log-sum-exp where PyTorch's kernel need not serve it."""
+        if self.layout == "packed":
+            query, key, value = qkv.unbind(2)
+        if self.layout in ("packed", "bshd"):
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        elif self.layout == "bhds":
+            query, key, value = query.mT, key.mT, value.mT
+        return attention(query, key, value, return_lse=not self.fits_torch, **masks, **self.options)
+
+
+_LOWEST = torch.finfo(torch.float16).min  # what models add in place of -inf; the second row holds nothing else
+BOTTOM = {"causal_alignment": "bottom_right"}
+CAUSAL = {"is_causal": True}
+DROPOUT = {"dropout_p": 0.3}
+
+CASES = [
+    # sizes
+    Case("single", sq=1, sk=1),
+    Case("one-query", sq=1, sk=130, dim=64),
+    Case("one-key", sq=65, sk=1, dim=33),
+    Case("tile-and-one", batch=1, sq=65, sk=130, dim=40, fits_torch=True),
+    Case("wide-heads", batch=1, sq=63, sk=65, dim=256),
+    Case("odd-heads", batch=1, sq=130, sk=63, dim=33, layout="bhds"),
+    Case("head-dim-1", sq=5, sk=9, dim=1),
+    Case("no-batch", batch=0),
+    Case("no-keys", sk=0, mask=(2, 1, 7, 1), mask_kind="float", options=DROPOUT),
+    Case("no-queries", sq=0, mask=(1, 2, 1, 7), mask_kind="float"),
+    # bands
+    Case("causal", batch=1, sq=130, sk=130, dim=72, fits_torch=True, options=CAUSAL),
+    Case("causal-short", sq=7, sk=65, dim=80, fits_torch=True, options=CAUSAL),
+    Case("causal-long", batch=1, sq=130, sk=63, options=CAUSAL),
+    Case("bottom-short", batch=1, sq=63, sk=130, dim=96, options=CAUSAL | BOTTOM),
+    Case("bottom-long", batch=1, sq=130, sk=63, options=CAUSAL | BOTTOM),  # the first 67 rows are empty
+    Case("window", batch=1, sq=130, sk=130, layout="bshd", options={"window": (9, 40)}),
+    Case("window-left", batch=1, sq=130, sk=65, options={"window": (33, -1)}),  # the last rows are empty
+    Case("window-right", batch=1, sq=65, sk=130, options={"window": (-1, 3), "scale": -0.2, **DROPOUT}),
+    Case("window-bottom", batch=1, sq=65, sk=130, options={"window": (0, 0), **BOTTOM}),
+    Case("window-causal", batch=1, sq=130, sk=130, options={"window": (70, 5), **CAUSAL, **DROPOUT}),
+    # grouped heads
+    Case("grouped", batch=1, heads=6, kv_heads=2, sq=33, sk=65, fits_torch=True),
+    Case("multi-query", heads=3, kv_heads=1, sq=33, sk=65, padding=True, options=CAUSAL | BOTTOM | DROPOUT),
+    # strides
+    Case("packed", sq=65, sk=65, dim=128, layout="packed", fits_torch=True, options=CAUSAL),
+    Case("packed-dropout", sq=65, sk=65, layout="packed", padding=True, options=DROPOUT),
+    # boolean masks
+    Case("keys-bool", sk=65, mask=(65,)),
+    Case("rows-bool", sk=9, mask=(7, 1), options={"scale": 2.0}),
+    Case("matrix-bool", sq=33, sk=65, mask=(33, 65), padding=True, options=CAUSAL | BOTTOM | DROPOUT),
+    Case("batch-bool", mask=(2, 1, 1, 7)),
+    Case("full-bool", sk=40, mask=(2, 2, 7, 40), options=DROPOUT | {"window": (4, 30)}),
+    Case("head-bool", mask=(1, 2, 1, 7), padding=True),
+    # added masks, with gradients
+    Case("scalar-float", mask=(1, 1), mask_kind="float", sq=33, sk=65),
+    Case("keys-float", batch=1, sq=65, sk=40, mask=(40,), mask_kind="float", options=DROPOUT),
+    Case("rows-float", batch=1, sq=40, sk=65, mask=(40, 1), mask_kind="float32", options=CAUSAL),
+    Case("matrix-float", sq=65, sk=66, mask=(65, 66), mask_kind="float32", padding=True, options=CAUSAL | DROPOUT),
+    Case("batch-float", sk=33, mask=(2, 1, 1, 33), mask_kind="float32", options=DROPOUT),
+    Case("head-float", heads=4, sq=33, mask=(1, 4, 33, 7), mask_kind="float", options={"window": (3, 3)}),
+    Case("full-float", sk=40, mask=(2, 2, 7, 40), mask_kind="float", padding=True, options=BOTTOM | CAUSAL | DROPOUT),
+    Case("frozen-float", mask=(2, 1, 7, 7), mask_kind="frozen", padding=True),
+    Case("lowest-float", mask=(7, 7), mask_kind="lowest"),
+    # dropout
+    Case("dropout", batch=1, sq=66, sk=130, dim=64, options=DROPOUT),
+    Case("all-dropped", sk=40, options={"dropout_p": 1.0}),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_within_budget(case: Case, dtype: torch.dtype, target):
+    backend, device = target
+    inputs = case.inputs(dtype, device)
+    if backend == "torch" and not case.fits_torch:
+        with pytest.raises(RuntimeError, match=r"backend 'torch' cannot run attention: \w+"):
+            evaluate(case.call, inputs, backend)
+    else:
+        check(case.call, inputs, backend)
+
+
+@pytest.mark.parametrize("target", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("name", ["window-causal", "multi-query", "matrix-float"])
+def test_within_budget_where_any_order_of_summation_will_do(name: str, dtype: torch.dtype, target):
+    backend, device = target
+    torch.use_deterministic_algorithms(False)
+    check(BY_NAME[name].call, BY_NAME[name].inputs(dtype, device), backend)
+
+
+@pytest.mark.parametrize("name", ["multi-query", "matrix-float"])
+def test_gradients_repeat_to_the_bit(name: str, target):
+    backend, device = target
+    case = BY_NAME["packed" if backend == "torch" else name]
+    inputs = case.inputs(torch.float32, device)
+    first, second = (evaluate(case.call, inputs, backend) for _ in range(2))
+    for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def _with_empty_rows(device: str) -> dict[str, Tensor]:
+    """The first sample is padded throughout; in the second, attn_mask leaves query 3 nothing."""
+    made = Case("", sq=5, sk=40, padding=True).inputs(torch.float32, device)
+    mask = torch.zeros(5, 40, device=device)
+    mask[3] = -torch.inf
+    return made | {"attn_mask": mask.requires_grad_()}
+
+
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_row_with_nothing_to_attend_to(dropout_p: float, target):
+    backend, device = target
+    inputs = _with_empty_rows(device)
+    call = functools.partial(attention, dropout_p=dropout_p, return_lse=True)
+    (out, lse), (dquery, dkey, dvalue, dmask) = evaluate(call, inputs, backend)
+    empty = torch.zeros(2, 2, 5, dtype=torch.bool, device=device)
+    empty[0] = empty[:, :, 3] = True
+    assert (lse[empty] == -torch.inf).all() and lse[~empty].isfinite().all()
+    for zero in (out[empty], dquery[empty], dkey[0], dvalue[0], dmask[3]):
+        assert not zero.any()
+    for some in (out[~empty], dquery[~empty], dkey[1, :, 0], dvalue[1, :, 0], dmask[2, 0]):
+        assert some.isfinite().all() and some.any()
+
+
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+def test_every_backend_drops_the_same_elements(dtype: torch.dtype, target):
+    backend, device = target
+    batch, heads, sq, sk, dim = 2, 3, 97, 130, 130
+    query = torch.full((batch, heads, sq, dim), 0.01, dtype=dtype, device=device)
+    key = torch.ones(batch, 1, sk, dim, dtype=dtype, device=device)
+    value = torch.eye(sk, dtype=dtype, device=device).expand(batch, heads, sk, dim).clone().requires_grad_()
+    with pyllm.use_backend(backend):
+        torch.manual_seed(5)
+        out = attention(query, key.expand(-1, heads, -1, -1), value, dropout_p=0.3)
+    # With one-hot values the output is the matrix of weights; with one-hot cotangents so is value's gradient.
+    (dvalue,) = torch.autograd.grad(out, value, torch.eye(sq, dim, dtype=dtype, device=device).expand_as(out))
+    torch.manual_seed(5)
+    keep = reference.dropout_keep(draw_rng(query, 0.3), 0.3, batch * heads, sq, sk).view(batch, heads, sq, sk)
+    assert torch.equal(out != 0, keep)
+    assert torch.equal(dvalue.mT[:, :, :sq] != 0, keep)
+
+
+@pytest.mark.parametrize("target", KERNELS)
+@pytest.mark.parametrize("options", [DROPOUT | {"scale": 0.7}, CAUSAL | {"window": (1, -1)}], ids=["dropout", "band"])
+def test_gradcheck(options: dict, target):
+    backend, device = target
+    inputs = Case("", batch=1, kv_heads=1, sq=3, sk=4, dim=2, mask=(2, 1, 4), mask_kind="float").inputs(
+        torch.float64, device
+    )
+    inputs["attn_mask"] = randn(2, 1, 4, dtype=torch.float64, device=device)
+
+    def call(query, key, value, attn_mask):
+        torch.manual_seed(0)
+        return attention(query, key, value, attn_mask=attn_mask, return_lse=True, **options)
+
+    with pyllm.use_backend(backend):
+        assert gradcheck(call, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
+def test_checkpointed_step_equals_a_plain_one(target):
+    backend, device = target
+    case = BY_NAME["packed-dropout"]
+    inputs = case.inputs(torch.float32, device)
+    plain = evaluate(case.call, inputs, backend)
+
+    def recomputed(**leaves):
+        def call(**leaves):
+            with pyllm.use_backend(backend):  # also where backward calls it again
+                return case.call(**leaves)
+
+        return checkpoint(call, use_reentrant=False, **leaves)
+
+    again = evaluate(recomputed, inputs, backend)
+    for a, b in zip(plain[0] + plain[1], again[0] + again[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("target", KERNELS)
+@pytest.mark.parametrize(
+    "options", [{}, CAUSAL, CAUSAL | BOTTOM | {"window": (4, 2)}], ids=["full", "causal", "window"]
+)
+def test_flops_are_those_of_the_pairs_attended_to(options: dict, target):
+    backend, device = target
+    case = Case("", sq=9, sk=7, options=options)
+    left, right = options.get("window", (-1, -1))
+    band = reference.band(9, 7, left, 0 if "is_causal" in options else right, "causal_alignment" in options, device)
+    pairs = case.batch * case.heads * band.sum().item()
+    with FlopCounterMode(display=False) as counter, pyllm.use_backend(backend):
+        out, _ = case.call(**case.inputs(torch.float32, device))
+        assert counter.get_total_flops() == 4 * case.dim * pairs
+        out.sum().backward()
+    assert counter.get_total_flops() == 14 * case.dim * pairs
+
+
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
+def test_offsets_pass_32_bits(target):
+    backend, device = target
+    stride = 2**30 + 64  # the third row starts beyond element 2^31
+    pages = np.zeros(3 * stride, dtype=np.float16) if device == "cpu" else None  # untouched pages take no memory
+    memory = torch.from_numpy(pages) if device == "cpu" else torch.zeros(3 * stride, dtype=torch.float16, device=device)
+    query, key, value = (memory[8 * i :].as_strided((1, 1, 3, 8), (0, 0, stride, 1)) for i in range(3))
+    for x in (query, key, value):
+        x.copy_(randn(1, 1, 3, 8, dtype=torch.float16, grad=False))
+    inputs = {"query": query, "key": key, "value": value}
+    with pyllm.use_backend(backend):
+        far = attention(**inputs)
+        near = attention(**{name: x.clone(memory_format=torch.contiguous_format) for name, x in inputs.items()})
+    assert torch.equal(far, near)
+
+
+def _ones(*shape: int, dtype=torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+BAD = [
+    ({"query": [1.0]}, TypeError, "query must be a Tensor"),
+    ({"query": _ones(2, 4, 5, 8, dtype=torch.int64)}, TypeError, "query must be float32"),
+    ({"query": _ones(4, 5, 8)}, ValueError, "query must have 4 dimensions"),
+    ({"query": _ones(2, 3, 5, 8)}, ValueError, "query's 3 heads must be a multiple of key's 2"),
+    ({"query": _ones(2, 4, 5, 9)}, ValueError, "key must have shape"),
+    ({"key": _ones(2, 2, 6, 8, dtype=torch.float64)}, TypeError, "key must have the dtype of query"),
+    ({"key": _ones(2, 6, 8)}, ValueError, "key must have 4 dimensions"),
+    ({"key": _ones(3, 2, 6, 8)}, ValueError, "key must have shape"),
+    ({"key": torch.ones(2, 2, 6, 8, device="meta")}, RuntimeError, "key must be on the device of query"),
+    ({"key": _ones(2, 0, 6, 8), "value": _ones(2, 0, 6, 8)}, ValueError, "key's 0"),
+    ({"value": _ones(2, 2, 7, 8)}, ValueError, "value must have shape"),
+    ({"value": None}, TypeError, "value must be a Tensor"),
+    ({n: _ones(1, 2, 3, 257) for n in ("query", "key", "value")}, ValueError, "query must have a head_dim from 1 to"),
+    ({"attn_mask": [True]}, TypeError, "attn_mask must be a Tensor"),
+    ({"attn_mask": _ones(5, 6, dtype=torch.int64)}, TypeError, "attn_mask must be bool, float32 or"),
+    ({"attn_mask": _ones(5, 6, dtype=torch.float16)}, TypeError, "attn_mask must be bool, float32 or"),
+    ({"attn_mask": _ones(6, 5)}, ValueError, "attn_mask must broadcast"),
+    ({"attn_mask": _ones(1, 2, 4, 5, 6)}, ValueError, "attn_mask must broadcast"),
+    ({"attn_mask": torch.ones(5, 6, device="meta")}, RuntimeError, "attn_mask must be on the device"),
+    ({"key_padding_mask": _ones(2, 6)}, TypeError, "key_padding_mask must be a bool"),
+    ({"key_padding_mask": _ones(2, 5, dtype=torch.bool)}, ValueError, "key_padding_mask must have shape"),
+    ({"causal_alignment": "middle"}, ValueError, "causal_alignment must be"),
+    ({"window": (1, 2, 3)}, ValueError, "window must be"),
+    ({"window": (-2, 0)}, ValueError, "window must be"),
+    ({"dropout_p": 1.5}, ValueError, "dropout_p must be in"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in"),
+    ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number"),
+]
+
+
+@pytest.mark.parametrize("wrong, error, message", BAD, ids=[message for *_, message in BAD])
+def test_wrong_arguments_are_named(wrong: dict, error: type[Exception], message: str):
+    right = {"query": _ones(2, 4, 5, 8), "key": _ones(2, 2, 6, 8), "value": _ones(2, 2, 6, 8)}
+    with pytest.raises(error, match=f"attention: .*{message}"):
+        attention(**right | wrong)
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("keys-bool", "mask"),
+        ("no-keys", "mask|keys"),
+        ("dropout", "dropout"),
+        ("window", "window"),
+        ("bottom-short", "bottom-right"),
+        ("one-query", "log-sum-exp"),
+    ],
+)
+def test_torch_says_why_it_cannot_serve(name: str, reason: str):
+    case = BY_NAME[name]
+    with pytest.raises(RuntimeError, match=f"backend 'torch' cannot run attention: .*({reason})"):
+        evaluate(case.call, case.inputs(torch.float32, "cpu"), "torch")
