@@ -1,0 +1,1 @@
+"""Benchmarks of every operator and layer, for `pyllm bench` and for pytest-benchmark."""

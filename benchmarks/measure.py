@@ -1,0 +1,228 @@
+"""What a benchmark is, and how one case of it is measured: correctness first, then paired times."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pyllm import testing
+from pyllm.backend import recording, use_backend
+from pyllm.benchmarks import timing
+
+# forward runs without gradient; recorded is a forward that a backward can follow.
+PASSES = ("forward", "backward", "both")
+OVERHEAD_PASSES = ("forward", "recorded", "both")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One operation on given tensors. calls: without arguments, by implementation, PyTorch's eager one first.
+
+    leaves: what backward differentiates. check(backend) raises AssertionError unless pyllm's numbers are in the budget.
+    """
+
+    calls: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
+    leaves: list[Tensor]
+    check: Callable[[str | None], None]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An operator's or a layer's cases.
+
+    build makes the workload of a shape, whose sizes `axes` names. `small` is the shape with fewer independent rows or
+    heads, on which the numbers are checked. variants: options of build, by label. Either moved (elements that each pass
+    has to read and write at least) or flops is given: (shape, **options) -> (forward, backward).
+    """
+
+    name: str
+    axes: str
+    shapes: tuple[tuple[int, ...], ...]
+    tiny: tuple[int, ...]
+    build: Callable[..., Workload]
+    small: Callable[[tuple[int, ...]], tuple[int, ...]]
+    moved: Callable[..., tuple[float, float]] | None = None
+    flops: Callable[..., tuple[float, float]] | None = None
+    variants: dict[str, dict] = field(default_factory=lambda: {"": {}})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: what is measured."""
+
+    benchmark: Benchmark
+    shape: tuple[int, ...]
+    dtype: str
+    direction: str
+    variant: str = ""
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        parts = (self.benchmark.name, "x".join(map(str, self.shape)), self.dtype, self.variant, self.direction)
+        return "-".join(part.replace(" ", "-") for part in parts if part)
+
+    @property
+    def options(self) -> dict:
+        return self.benchmark.variants[self.variant]
+
+    def workload(self, shape: tuple[int, ...] | None = None) -> Workload:
+        """Random inputs, the same at every call, of the case's shape or of another."""
+        torch.manual_seed(0)
+        return self.benchmark.build(shape or self.shape, DTYPES[self.dtype], self.device, **self.options)
+
+    def problem(self, backend: str | None) -> str | None:
+        """Why pyllm's numbers are wrong on a small version of this case, or None."""
+        try:
+            self.workload(self.benchmark.small(self.shape)).check(backend)
+        except AssertionError as error:
+            return str(error)
+        return None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row as measured. seconds, ratio: by implementation, ratio = eager's time over its own.
+
+    rate is pyllm's bytes or FLOP per second, share what part that is of the machine's limit. problem: why there is no
+    time. fresh_pages: outputs so large that each call has them faulted in anew by the kernel.
+    """
+
+    case: Case
+    backend: str
+    fresh_pages: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)
+    spread: float | None = None
+    rate: float | None = None
+    share: float | None = None
+    problem: str | None = None
+
+    def row(self) -> dict:
+        """Plain values for JSON and CSV; times in seconds, rates per second."""
+        case = self.case
+        row = {
+            "op": case.benchmark.name,
+            "shape": "x".join(map(str, case.shape)),
+            "axes": case.benchmark.axes,
+            "dtype": case.dtype,
+            "device": case.device,
+            "variant": case.variant,
+            "pass": case.direction,
+        }
+        for name, by_peer in (("seconds", self.seconds), ("ratio", self.ratio)):
+            row |= {f"{name}_{peer}": value for peer, value in by_peer.items()}
+        return row | {n: getattr(self, n) for n in ("backend", "fresh_pages", "spread", "rate", "share", "problem")}
+
+
+def cases(
+    benchmark: Benchmark,
+    dtypes: Sequence[str],
+    device: str,
+    shapes: Sequence[tuple[int, ...]] | None = None,
+    directions: Sequence[str] = PASSES,
+    variants: Sequence[str] | None = None,
+) -> list[Case]:
+    """All combinations; the benchmark's own shapes and variants unless others are named."""
+    chosen = list(benchmark.variants) if variants is None else variants
+    product = itertools.product(shapes or benchmark.shapes, dtypes, chosen, directions)
+    return [Case(benchmark, shape, dtype, way, variant, device) for shape, dtype, variant, way in product]
+
+
+def measure(case: Case, backend: str | None = None, compiled: bool = True, quick: bool = False) -> Iterator[Result]:
+    """Results of a case: one, or two where the allocator matters (fresh pages, then kept ones).
+
+    compiled: also time what torch.compile makes of the eager expression. quick: to see that it works, not for numbers.
+    """
+    with use_backend(backend):
+        problem = case.problem(backend)
+        if problem is not None:
+            yield Result(case, backend or "default", problem=problem)
+            return
+        workload = case.workload()
+        with recording() as choices:
+            outputs = workload.calls["pyllm"]()
+        ran = "+".join(dict.fromkeys(choice.backend for choice in choices))
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        large = case.device == "cpu" and max(o.nbytes for o in outputs) > timing.FRESH_PAGES_FROM
+        calls = dict(workload.calls)
+        if compiled:
+            calls["compile"] = fresh_compile(calls["eager"])
+        calls = {name: staged(call, workload.leaves, case.direction) for name, call in calls.items()}
+        for warm in (False, True) if large else (False,):
+            if large and not timing.warm_allocator(warm):
+                continue
+            with torch.set_grad_enabled(case.direction != "forward"):
+                times = timing.paired(calls, case.device, **({"rounds": 3, "slot": 0.002} if quick else {}))
+            rate, share = _rate(case, times.seconds["pyllm"], quick)
+            yield Result(case, ran, large and not warm, times.seconds, times.ratio, times.spread, rate, share)
+        if large:
+            timing.warm_allocator(False)
+
+
+def staged(call: Callable, leaves: list[Tensor], direction: str) -> Callable[[], object]:
+    """The part of a call that a pass times; backward alone reuses one graph."""
+    if direction in ("forward", "recorded"):
+        return call
+    cotangents = [torch.randn_like(output) for output in _outputs(call())]
+
+    def gradients(outputs, retain_graph):
+        return torch.autograd.grad(outputs, leaves, cotangents, retain_graph=retain_graph)
+
+    if direction == "both":
+        return lambda: gradients(_outputs(call()), False)
+    return partial(gradients, _outputs(call()), True)
+
+
+def _outputs(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def fresh_compile(call: Callable) -> Callable:
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # a graph that backward runs over again must keep its buffers
+    return torch.compile(call, dynamic=False)
+
+
+def _rate(case: Case, seconds: float, quick: bool) -> tuple[float | None, float | None]:
+    if case.direction == "recorded":
+        return None, None
+    benchmark = case.benchmark
+    forward, backward = (benchmark.moved or benchmark.flops)(case.shape, **case.options)
+    work = {"forward": forward, "backward": backward, "both": forward + backward}[case.direction]
+    work *= DTYPES[case.dtype].itemsize if benchmark.moved else 1
+    return work / seconds, work / seconds / limit(case, quick)
+
+
+def limit(case: Case, quick: bool = False) -> float:
+    """What bounds the case on this machine, as measured: bytes or FLOP per second."""
+    if case.benchmark.moved:
+        return timing.copy_bandwidth(case.device, quick)
+    return timing.matrix_rate(case.device, DTYPES[case.dtype], quick)
+
+
+def limits(some: Sequence[Case], quick: bool = False) -> dict[str, str]:
+    """The measured limits that the shares of these cases refer to, in words."""
+    named = {"copy" if case.benchmark.moved else f"{case.dtype} matrix product": case for case in some}
+    return {name: rate(case, limit(case, quick)) for name, case in named.items()}
+
+
+def rate(case: Case, per_second: float) -> str:
+    """A rate with its unit."""
+    unit = "GB/s" if case.benchmark.moved else "GFLOP/s"
+    return f"{per_second / 1e9:.{1 if per_second < 1e11 else 0}f} {unit}"
+
+
+def operator_workload(
+    function: Callable, eager: Callable, inputs: testing.Inputs, peers: dict[str, Callable] | None = None
+) -> Workload:
+    """A workload of functions called as function(**inputs)."""
+    functions = {"eager": eager, "pyllm": function, **(peers or {})}
+    return Workload(
+        {name: partial(f, **inputs) for name, f in functions.items()},
+        [t for t in inputs.values() if t is not None and t.requires_grad],
+        partial(testing.check, function, inputs),
+    )

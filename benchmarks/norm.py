@@ -1,0 +1,73 @@
+"""layer_norm, rms_norm, and both with dropout and residual addition, against PyTorch's separate calls."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyllm import ops
+from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload
+from pyllm.testing import randn
+
+
+def _eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def _eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight)
+
+
+def _eager_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout_p: float):
+    z = residual + F.dropout(x, dropout_p)
+    return F.layer_norm(z, z.shape[-1:], weight, bias), z
+
+
+def _eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, dropout_p: float):
+    z = residual + F.dropout(x, dropout_p)
+    return F.rms_norm(z, z.shape[-1:], weight), z
+
+
+def _build(function, eager, names, shape, dtype: torch.dtype, device: str, **options) -> Workload:
+    inputs = {n: randn(*(shape if n in ("x", "residual") else shape[1:]), dtype=dtype, device=device) for n in names}
+    return operator_workload(partial(function, **options), partial(eager, **options), inputs)
+
+
+def _norm_moved(shape) -> tuple[float, float]:
+    """Forward reads x and writes y; backward reads dy and x and writes dx."""
+    rows, width = shape
+    return 2 * rows * width, 3 * rows * width
+
+
+def _add_moved(shape, dropout_p: float) -> tuple[float, float]:
+    """Forward reads x, residual and writes y, z; backward reads dy, dz, z, writes dresidual and, if it differs, dx."""
+    rows, width = shape
+    return 4 * rows * width, (5 if dropout_p else 4) * rows * width
+
+
+_ROWS = {
+    "axes": "rows x width",
+    "shapes": ((2048, 768), (4096, 4096)),
+    "tiny": (1, 64),
+    "small": lambda shape: (min(shape[0], 64), shape[1]),
+}
+_DROPOUT = {"dropout 0.1": {"dropout_p": 0.1}, "dropout 0": {"dropout_p": 0.0}}
+
+
+def _norm(function, eager, names) -> Benchmark:
+    build = partial(_build, function, eager, names)
+    return Benchmark(name=function.__name__, build=build, moved=_norm_moved, **_ROWS)
+
+
+def _add_norm(function, eager, names) -> Benchmark:
+    build = partial(_build, function, eager, names)
+    return Benchmark(name=function.__name__, build=build, moved=_add_moved, variants=_DROPOUT, **_ROWS)
+
+
+BENCHMARKS = (
+    _norm(ops.layer_norm, _eager_layer_norm, ("x", "weight", "bias")),
+    _norm(ops.rms_norm, _eager_rms_norm, ("x", "weight")),
+    _add_norm(ops.add_layer_norm, _eager_add_layer_norm, ("x", "residual", "weight", "bias")),
+    _add_norm(ops.add_rms_norm, _eager_add_rms_norm, ("x", "residual", "weight")),
+)

@@ -1,0 +1,100 @@
+"""Writes results: a table for the terminal, Markdown, CSV and JSON."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from pyllm.benchmarks.measure import Result, rate
+
+COLUMNS = ("case", "pass", "backend", "pyllm", "vs eager", "A/A", "vs compile", "rate", "of limit")
+
+
+def table(results: Sequence[Result], title: str = "") -> Table:
+    """The results for a terminal. Ratios are a peer's time over pyllm's: above 1, pyllm is faster."""
+    made = Table(title=title or None, title_justify="left")
+    for column in COLUMNS:
+        first = column == COLUMNS[0]
+        justify = "left" if column in COLUMNS[:3] else "right"
+        made.add_column(column, justify=justify, no_wrap=not first, min_width=20 if first else None)
+    for result in results:
+        made.add_row(*map(escape, cells(result)), style="red" if result.problem else None)
+    return made
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """One text for each of COLUMNS; a red case has its problem in place of numbers."""
+    case = result.case
+    pages = "fresh pages" if result.fresh_pages else ""
+    name = " ".join(
+        p for p in (case.benchmark.name, "x".join(map(str, case.shape)), case.dtype, case.variant, pages) if p
+    )
+    if result.problem:
+        return (name, case.direction, result.backend, f"RED: {result.problem}", *("",) * 5)
+    return (
+        name,
+        case.direction,
+        result.backend,
+        duration(result.seconds["pyllm"]),
+        f"{result.ratio['pyllm']:.2f} x",
+        f"± {100 * result.spread:.0f} %",
+        f"{result.ratio['pyllm'] / result.ratio['compile']:.2f} x" if "compile" in result.ratio else "",
+        "" if result.rate is None else rate(result.case, result.rate),
+        "" if result.share is None else f"{100 * result.share:.0f} %",
+    )
+
+
+def duration(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms"
+
+
+def overhead_table(results: Sequence[Result]) -> Table:
+    """What a call on a tiny tensor costs, pyllm's and torch's: all of it is overhead."""
+    made = Table(title="Call overhead on a tiny tensor", title_justify="left")
+    for column in ("operator", "call", "pyllm", "torch", "more than torch", "A/A"):
+        made.add_column(column, justify="left" if column in ("operator", "call") else "right")
+    words = {"forward": "without gradient", "recorded": "with gradient", "both": "with its backward"}
+    for result in results:
+        case, seconds = result.case, result.seconds
+        label = f"{case.benchmark.name} {case.variant}".strip()
+        if result.problem:
+            made.add_row(label, words[case.direction], escape(f"RED: {result.problem}"), style="red")
+            continue
+        more = 1e6 * (seconds["pyllm"] - seconds["eager"])
+        times = (duration(seconds["pyllm"]), duration(seconds["eager"]), f"{more:+.1f} µs")
+        made.add_row(label, words[case.direction], *times, f"± {100 * result.spread:.0f} %")
+    return made
+
+
+def write_markdown(path: Path, results: Sequence[Result], machine: dict) -> None:
+    """The table with the machine above it, for docs/measured.md."""
+    lines = [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
+    lines += [_line(COLUMNS), _line("---" for _ in COLUMNS), *(_line(cells(r)) for r in results)]
+    _write(path, "\n".join(lines) + "\n")
+
+
+def _line(texts) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def write_json(path: Path, results: Sequence[Result], machine: dict) -> None:
+    """{"machine": facts, "results": rows}."""
+    _write(path, json.dumps({"machine": machine, "results": [r.row() for r in results]}, indent=1) + "\n")
+
+
+def write_csv(path: Path, results: Sequence[Result]) -> None:
+    """A line for each result; the columns of all of them, empty where one has no value."""
+    rows = [r.row() for r in results]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

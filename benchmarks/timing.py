@@ -1,0 +1,143 @@
+"""Paired timing of several implementations of one operation, and what this machine can do at best.
+
+The first implementation is the baseline. It is measured twice, so that the spread of a ratio of equals (A/A) stands
+beside every ratio. A round runs all of them forwards, then backwards (A B C A' A' C B A): drift of the clock and of the
+load cancels. Reported are medians over the rounds. On a GPU each call is bracketed by events, after the L2 cache has
+been overwritten; on a CPU the wall clock runs over enough calls to fill `slot` seconds, on inputs that stay the same.
+"""
+
+import ctypes
+import functools
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import pyllm
+
+FRESH_PAGES_FROM = 32 * 2**20  # bytes; above this glibc takes every block from the kernel and gives it back
+
+
+@dataclass(frozen=True)
+class Timing:
+    """seconds: of a call, by implementation. ratio: baseline's time over the implementation's, paired by round.
+
+    spread: the largest deviation from 1 of the baseline's ratio to itself.
+    """
+
+    seconds: dict[str, float]
+    ratio: dict[str, float]
+    spread: float
+
+
+def paired(calls: dict[str, Callable[[], object]], device: str, rounds: int = 7, slot: float = 0.05) -> Timing:
+    """Times the calls against the first of them. slot: seconds that each fills at a time (at least one call)."""
+    baseline = next(iter(calls))
+    again = f"{baseline} again"
+    calls = {**calls, again: calls[baseline]}
+    clock = _gpu_seconds if device == "cuda" else _cpu_seconds
+    for call in calls.values():  # compiles, fills caches and the allocator
+        clock(call, 2)
+    repeats = {name: max(1, int(slot / clock(call, 1))) for name, call in calls.items()}
+    names = list(calls)
+    samples = []
+    for _ in range(rounds):
+        spent = dict.fromkeys(names, 0.0)
+        for name in [*names, *reversed(names)]:
+            spent[name] += clock(calls[name], repeats[name]) / 2
+        samples.append(spent)
+    return Timing(
+        {name: median(s[name] for s in samples) for name in names if name != again},
+        {name: median(s[baseline] / s[name] for s in samples) for name in names if name != again},
+        max(abs(s[baseline] / s[again] - 1.0) for s in samples),
+    )
+
+
+def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _gpu_seconds(call: Callable[[], object], repeats: int) -> float:
+    cache = _l2_eraser()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in pairs:
+        cache.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in pairs) / 1e3
+
+
+@functools.cache
+def _l2_eraser() -> torch.Tensor:
+    return torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+
+
+def warm_allocator(warm: bool) -> bool:
+    """Makes glibc keep large blocks, so that their pages are not faulted in anew, or do as usual again.
+
+    Returns whether this C library can be told so. glibc's thresholds are set to what its own adaptation ends in.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    mallopt(mmap_threshold, FRESH_PAGES_FROM)
+    mallopt(mmap_max, 0 if warm else 65536)
+    mallopt(trim_threshold, 2**31 - 1 if warm else FRESH_PAGES_FROM)
+    if warm:
+        torch.ones(2**30, dtype=torch.int8)  # its pages are kept, and serve what comes
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+    return True
+
+
+@functools.cache
+def copy_bandwidth(device: str, quick: bool = False) -> float:
+    """Bytes per second, read and written, of a copy far larger than the caches."""
+    source = torch.randn(2**22 if quick else 2**26, device=device)
+    target = torch.empty_like(source).copy_(source)
+    timing = paired({"copy": lambda: target.copy_(source)}, device, rounds=3 if quick else 7)
+    return 2 * source.nbytes / timing.seconds["copy"]
+
+
+@functools.cache
+def matrix_rate(device: str, dtype: torch.dtype, quick: bool = False) -> float:
+    """FLOP per second of a large square matrix product in dtype."""
+    n = 512 if quick else 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    timing = paired({"product": lambda: torch.mm(a, b, out=out)}, device, rounds=3 if quick else 5)
+    return 2 * n**3 / timing.seconds["product"]
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What a number needs beside it: processor, threads, instruction sets, versions."""
+    facts: dict[str, str | int] = {"pyllm": pyllm.__version__, "torch": torch.__version__, "device": device}
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = str(torch.version.cuda)
+    facts["cpu"] = _processor()
+    facts["threads"] = torch.get_num_threads()
+    facts["torch_isa"] = torch.backends.cpu.get_cpu_capability()
+    try:
+        from pyllm import _C
+
+        facts["pyllm_isa"] = _C.cpu_isa()
+    except ImportError:
+        facts["pyllm_isa"] = "not compiled"
+    return facts
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,124 @@
+"""The command line: pyllm doctor | bench."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyllm
+from pyllm.backend import BACKENDS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit code: 0, 1 for a failed run, argparse's 2 for arguments that do not fit."""
+    parser = argparse.ArgumentParser(prog="pyllm", description=pyllm.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="what is installed, what can be used, and why anything is missing")
+    _add_bench(commands.add_parser("bench", help="measure operators and layers against PyTorch on this machine"))
+    arguments = parser.parse_args(argv)
+    if arguments.command == "doctor":
+        from pyllm import doctor
+
+        return doctor.main(wide_console())
+    return _bench(arguments, parser)
+
+
+def wide_console():
+    """The terminal as wide as it is; 140 columns for a file or a pipe, where nothing needs to be cut."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Checks the numbers, then times pyllm, PyTorch eager and torch.compile in one process, interleaved. Ratios are "
+        "the peer's time over pyllm's, with the spread of eager against itself (A/A) beside them."
+    )
+    parser.add_argument("op", help="an operator or a layer; `all` is every one, `list` lists them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16", "fp64"), help="default: fp32")
+    parser.add_argument("--shape", action="append", type=_shape, metavar="AxBx...", help="default: the operator's own")
+    parser.add_argument("--variant", action="append", help="such as `causal`; default: the operator's own")
+    parser.add_argument("--pass", dest="direction", action="append", choices=("forward", "backward", "both"))
+    parser.add_argument("--backend", choices=BACKENDS, help="default: what pyllm chooses by itself")
+    parser.add_argument("--peer", choices=("eager", "compile"), default="compile", help="`eager` leaves compile out")
+    parser.add_argument("--quick", action="store_true", help="see that it works: few rounds, tiny shapes, no compile")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected positive sizes as in 2048x768")
+    return tuple(map(int, sizes))
+
+
+def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from rich.progress import track
+
+    from pyllm.benchmarks import measure, report, timing
+    from pyllm.benchmarks.catalogue import BENCHMARKS
+
+    console = wide_console()
+    if arguments.op == "list":
+        for benchmark in BENCHMARKS.values():
+            console.print(f"{benchmark.name:16} {benchmark.axes:36} {', '.join(filter(None, benchmark.variants))}")
+        return 0
+    cases, tiny = _cases(arguments, parser)
+    compiled = arguments.peer == "compile" and not arguments.quick
+
+    def measured(some: list, label: str, with_compile: bool) -> list:
+        return [
+            result
+            for case in track(some, label, console=console, transient=True)
+            for result in measure.measure(case, arguments.backend, with_compile, arguments.quick)
+        ]
+
+    try:
+        results = measured(cases, "measuring", compiled)
+        overhead = measured(tiny, "call overhead", False)
+    except RuntimeError as error:
+        console.print(f"pyllm bench: {error}", style="red", markup=False)
+        return 1
+    machine = timing.machine(arguments.device) | measure.limits(cases, arguments.quick)
+    console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    console.print(report.table(results), report.overhead_table(overhead))
+    everything = [*results, *overhead]
+    if arguments.json:
+        report.write_json(arguments.json, everything, machine)
+    if arguments.csv:
+        report.write_csv(arguments.csv, everything)
+    if arguments.markdown:
+        report.write_markdown(arguments.markdown, results, machine)
+    return 1 if any(result.problem for result in everything) else 0
+
+
+def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list, list]:
+    """The cases that the arguments ask for, and those on tiny tensors; ends the program where there are none."""
+    import torch
+
+    from pyllm.benchmarks import measure
+    from pyllm.benchmarks.catalogue import BENCHMARKS
+
+    if arguments.op != "all" and arguments.op not in BENCHMARKS:
+        parser.error(f"unknown operator {arguments.op!r}: expected all, list, {', '.join(BENCHMARKS)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no CUDA device")
+    cases, tiny = [], []
+    for benchmark in BENCHMARKS.values() if arguments.op == "all" else [BENCHMARKS[arguments.op]]:
+        for shape in arguments.shape or ():
+            if len(shape) != len(benchmark.tiny):
+                parser.error(f"--shape: {benchmark.name} takes {benchmark.axes}, got {'x'.join(map(str, shape))}")
+        for variant in arguments.variant or ():
+            if variant not in benchmark.variants:
+                known = ", ".join(map(repr, benchmark.variants))
+                parser.error(f"--variant: {benchmark.name} has {known}, not {variant!r}")
+        common = {"device": arguments.device, "variants": arguments.variant, "dtypes": arguments.dtype or ["fp32"]}
+        shapes = arguments.shape or ([benchmark.tiny] if arguments.quick else None)
+        directions = arguments.direction or measure.PASSES
+        cases += measure.cases(benchmark, shapes=shapes, directions=directions, **common)
+        tiny += measure.cases(benchmark, shapes=[benchmark.tiny], directions=measure.OVERHEAD_PASSES, **common)
+    return cases, tiny
