@@ -1,16 +1,24 @@
 """torch.nn.functional's functions of these names, with its signatures, on pyllm's operators.
 
-A row that masks or -inf leave empty gives 0 where torch gives NaN; everything else is torch's.
+A row that masks or -inf leave empty gives 0 where torch gives NaN; everything else is torch's, errors included: what
+the operators raise as TypeError or ValueError is torch's RuntimeError here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops
+
+
+def _call(operator: Callable[..., Tensor], *args, **options) -> Tensor:
+    try:
+        return operator(*args, **options)
+    except (TypeError, ValueError) as problem:
+        raise RuntimeError(str(problem)) from problem
 
 
 def layer_norm(
@@ -27,19 +35,24 @@ def layer_norm(
     """
     _check_normalized("layer_norm", input, normalized_shape, weight, bias)
     if len(normalized_shape) == 1:
-        return ops.layer_norm(input, weight, bias, eps)
+        return _call(ops.layer_norm, input, weight, bias, eps)
     rows = input.flatten(-len(normalized_shape))
-    return ops.layer_norm(rows, _flat(weight), _flat(bias), eps).view(input.shape)
+    return _call(ops.layer_norm, rows, _flat(weight), _flat(bias), eps).view(input.shape)
 
 
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """torch.nn.functional.rms_norm; shapes, dtypes and errors as in `layer_norm`. eps=None: input's machine epsilon."""
+    """torch.nn.functional.rms_norm; shapes, dtypes and errors as in `layer_norm`.
+
+    eps=None is the machine epsilon of float32, or of float64 for float64. A weight of lower precision is converted.
+    """
     _check_normalized("rms_norm", input, normalized_shape, weight)
+    if weight is not None and weight.dtype in (torch.bfloat16, torch.float16):
+        weight = weight.to(input.dtype)
     if len(normalized_shape) == 1:
-        return ops.rms_norm(input, weight, eps)
-    return ops.rms_norm(input.flatten(-len(normalized_shape)), _flat(weight), eps).view(input.shape)
+        return _call(ops.rms_norm, input, weight, eps)
+    return _call(ops.rms_norm, input.flatten(-len(normalized_shape)), _flat(weight), eps).view(input.shape)
 
 
 def _check_normalized(name: str, input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> None:
@@ -78,8 +91,8 @@ def _along(name, operator, input, dim, stacklevel, dtype) -> Tensor:
     if dtype is not None:
         input = input.to(dtype)
     if input.dim() == 0:
-        return operator(input[None], dim)[0]
-    return operator(input, dim)
+        return _call(operator, input[None], dim)[0]
+    return _call(operator, input, dim)
 
 
 def scaled_dot_product_attention(
@@ -97,41 +110,47 @@ def scaled_dot_product_attention(
 
     Shapes: query (*, H, L, E), key (*, Hkv, S, E), value (*, Hkv, S, Ev), any number of leading dimensions, which
     broadcast; Hkv may be a divisor of H with enable_gqa. attn_mask broadcasts to (*, H, L, S): bool (True = take
-    part) or float (added), and excludes is_causal. Returns (*, H, L, Ev). E and Ev go up to 256.
-    Raises RuntimeError, ValueError or TypeError for arguments that do not fit.
+    part) or float (added); with is_causal both apply, where torch may refuse. Returns (*, H, L, Ev). E and Ev go up to
+    256. Raises RuntimeError for arguments that do not fit.
     """
-    if is_causal and attn_mask is not None:
-        raise RuntimeError("scaled_dot_product_attention: attn_mask must not be set when is_causal=True")
-    tensors = {"query": query, "key": key, "value": value}
-    for name, tensor in tensors.items():
-        if tensor.dim() < 2:
-            raise RuntimeError(f"scaled_dot_product_attention: {name} must have 2 dimensions or more")
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise RuntimeError("scaled_dot_product_attention: query, key and value must have 2 dimensions or more")
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            "scaled_dot_product_attention: query (*, L, E), key (*, S, E) and value (*, S, Ev) must share E and S, got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     leading = query.shape[:-2]
-    if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]) or (
-        not enable_gqa and not query.shape[1] == key.shape[1] == value.shape[1]
-    ):
+    if not _fits(query, key, value, enable_gqa):
         leading, query, key, value, attn_mask = _four_dimensions(query, key, value, attn_mask, enable_gqa)
     width = value.shape[-1]
     if width != query.shape[-1]:
         widest = max(width, query.shape[-1])  # zeros alter neither the scores nor the columns that are kept
         query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
-    out = ops.attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
+    options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "dropout_p": dropout_p}
+    out = _call(ops.attention, query, key, value, **options)
     out = out if width == out.shape[-1] else out[..., :width]
     return out if len(leading) == 2 else out.reshape(*leading, *out.shape[-2:])
 
 
+def _fits(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether `pyllm.ops.attention` takes the tensors as they are."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    if enable_gqa:
+        return query.shape[0] == key.shape[0] == value.shape[0]
+    return query.shape[:2] == key.shape[:2] == value.shape[:2]
+
+
 def _four_dimensions(query, key, value, attn_mask, enable_gqa):
     """The leading shape of the result, and the tensors as (B, H, S, D), broadcast against one another."""
-    tensors = [query, key, value]
-    while min(t.dim() for t in tensors) < 3:
-        tensors = [t if t.dim() > 2 else t[None] for t in tensors]
+    tensors = [t if t.dim() > 2 else t[None] for t in (query, key, value)]
     heads = [t.shape[-3] for t in tensors]
     if not enable_gqa:
         heads = [torch.broadcast_shapes(*((n,) for n in heads))[0]] * 3
     batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
-    rank = max(query.dim(), key.dim(), value.dim()) - 2
     tensors = [
         t.expand(*batch, n, *t.shape[-2:]).reshape(batch.numel(), n, *t.shape[-2:])
         for t, n in zip(tensors, heads, strict=True)
@@ -139,4 +158,5 @@ def _four_dimensions(query, key, value, attn_mask, enable_gqa):
     if attn_mask is not None and attn_mask.dim() > 3:
         tail = attn_mask.shape[-3:]
         attn_mask = attn_mask.expand(*batch, *tail).reshape(batch.numel(), *tail)
-    return (*batch, heads[0])[max(0, len(batch) + 1 - rank) :], *tensors, attn_mask
+    flat = query.dim() == key.dim() == value.dim() == 2
+    return () if flat else (*batch, heads[0]), *tensors, attn_mask

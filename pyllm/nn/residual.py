@@ -78,7 +78,7 @@ def _one_precision(branch: Tensor, residual: Tensor) -> bool:
 class ResidualLayer:
     """The part that TransformerEncoderLayer and TransformerDecoderLayer share; torch's class holds the modules.
 
-    As with torch's, a subclass or an instance may replace `_sa_block`, `_mha_block` or `_ff_block`, which is then called.
+    A subclass or an instance may replace `_sa_block`, `_mha_block` or `_ff_block`, as with torch's; then it is called.
     """
 
     _torch: type[Module]

@@ -28,12 +28,13 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
 
-    Shapes, dtypes and errors as in `layer_norm`. eps=None is the machine epsilon of x's dtype, as in torch.
+    Shapes, dtypes and errors as in `layer_norm`. eps=None is, as in torch, the machine epsilon of the
+    statistics' dtype.
     """
     x, weight = full_precision(x, weight)
     _check_row("rms_norm", x, weight)
     if eps is None:
-        eps = torch.finfo(x.dtype).eps
+        eps = _default_eps(x.dtype)
     return select(RMS_NORM, x, weight, eps)(x, weight, eps)
 
 
@@ -62,9 +63,13 @@ def add_rms_norm(
     """z = residual + dropout(x); returns (rms_norm(z), z). Arguments as in `add_layer_norm` and `rms_norm`."""
     _check_add("add_rms_norm", x, residual, weight, None, dropout_p)
     if eps is None:
-        eps = torch.finfo(residual.dtype).eps
+        eps = _default_eps(residual.dtype)
     args = (x, residual, weight, draw_rng(x, dropout_p), dropout_p, eps)
     return select(ADD_RMS_NORM, *args)(*args)
+
+
+def _default_eps(dtype: torch.dtype) -> float:
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def _check_row(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
