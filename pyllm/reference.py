@@ -117,8 +117,8 @@ def log_softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bo
     """log of `softmax`: -inf where it is 0."""
     scores = _masked(x * scale, attn_mask, is_causal)
     lse = _probabilities(scores)[1]
-    kept = scores > -math.inf
-    return torch.where(kept, torch.where(kept, scores, 0.0) - torch.where(lse > -math.inf, lse, 0.0), -math.inf)
+    kept = scores != -math.inf
+    return torch.where(kept, torch.where(kept, scores, 0.0) - torch.where(lse != -math.inf, lse, 0.0), -math.inf)
 
 
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -146,11 +146,11 @@ def band(sq: int, sk: int, left: int, right: int, bottom_right: bool, device: to
 
 def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the last dimension and its log-sum-exp (..., 1); an empty row gives 0 and -inf, gradient 0."""
-    kept = scores > -math.inf
+    kept = scores != -math.inf  # a NaN is kept, and shows
     peak = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min) if scores.shape[-1] else 0.0
     exps = torch.where(kept, torch.exp(torch.where(kept, scores - peak, 0.0)), 0.0)
     total = exps.sum(-1, keepdim=True)
-    some = total > 0
+    some = total != 0
     safe = torch.where(some, total, 1.0)
     return exps / safe, torch.where(some, safe.log() + peak, -math.inf)
 

@@ -75,8 +75,7 @@ void forward(const NormForward& args, int64_t begin, int64_t end) {
       mean = total.value[0] / static_cast<C>(n);
       total = accumulate<C, 1>(n, [&](int64_t i, int count, Vec<C>* terms) {
         const Vec<C> d = load(values + i, count) - mean;
-        const Vec<C> square = d * d;
-        terms[0] += count == kLanes<C> ? square : load(reinterpret_cast<const C*>(&square), count);
+        terms[0] += first<C>(d * d, count);
       });
       static_cast<C*>(args.mean)[row] = mean;
     }

@@ -127,6 +127,12 @@ inline void store(T* p, Vec<Compute<T>> v, int count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
+// v with the lanes from `count` on set to 0.
+template <class C>
+inline Vec<C> first(Vec<C> v, int count) {
+  return count == kLanes<C> ? v : load(reinterpret_cast<const C*>(&v), count);
+}
+
 // body(i, count) for each vector of a row of n: count is the number of lanes, fewer in the last one.
 template <class C, class Body>
 [[gnu::always_inline]] inline void for_vectors(int64_t n, Body&& body) {
