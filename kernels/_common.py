@@ -1,0 +1,74 @@
+"""What the launchers of row kernels share: tiles, grids, the launch itself, and its description for kernels/aot.py."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import mangle_type
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+_captured: list[tuple] | None = None
+
+
+def row_tile(n: int, limit: int, per_thread: int) -> dict:
+    """Constexprs and options for rows of n elements: a tile of whole rows up to `limit`, chunks of one row above.
+
+    BLOCK_N is a multiple of 32, as dropout's mask wants. per_thread: elements of a long row that a thread holds.
+    """
+    block_n = max(32, min(triton.next_power_of_2(n), limit))
+    tile = max(block_n, 1 << 15 if INTERPRETED else 2048)  # the interpreter's time goes by calls, not elements
+    return {
+        "BLOCK_M": tile // block_n,
+        "BLOCK_N": block_n,
+        "LOOPED": n > block_n,
+        "num_warps": min(max(tile // (32 * per_thread), 4), 16),
+    }
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 2 without a GPU, which still makes a persistent grid loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
+    """kernel[grid](**arguments) on `device`; inside `captured`, only noted."""
+    if _captured is not None:
+        _captured.append((kernel, arguments))
+    else:
+        with torch.cuda.device(device if device.type == "cuda" else None):
+            kernel[grid](**arguments)
+
+
+@contextmanager
+def captured() -> Iterator[list[tuple]]:
+    """Collects (kernel, signature, constexprs, options), as kernels/aot.py wants them, of the launches made inside.
+
+    They are to be made on meta tensors, which count as aligned.
+    """
+    global _captured
+    _captured, calls = [], []
+    try:
+        yield calls
+        calls += [(kernel, *_described(kernel, arguments)) for kernel, arguments in _captured]
+    finally:
+        _captured = None
+
+
+def _described(kernel, arguments: dict) -> tuple[dict, dict, dict]:
+    """(signature, constexprs, options) to which Triton would specialise a launch with these arguments."""
+    parameters = {p.name: p for p in kernel.params}
+    signature, constexprs, options = {}, {}, {}
+    for name, value in arguments.items():
+        if name not in parameters:
+            options[name] = value
+        elif parameters[name].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            constexprs[name] = value
+        else:
+            aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+            signature[name] = (parameters[name].annotation_type or mangle_type(value)) + (":16" if aligned else "")
+    return signature, constexprs, options
