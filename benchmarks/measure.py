@@ -146,21 +146,22 @@ def measure(case: Case, backend: str | None = None, compiled: bool = True, quick
         with recording() as choices:
             outputs = workload.calls["pyllm"]()
         ran = "+".join(dict.fromkeys(choice.backend for choice in choices))
-        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-        large = case.device == "cpu" and max(o.nbytes for o in outputs) > timing.FRESH_PAGES_FROM
+        size = max(output.nbytes for output in _outputs(outputs))
+        del outputs
+        large = case.device == "cpu" and size > timing.FRESH_PAGES_FROM
         calls = dict(workload.calls)
         if compiled:
             calls["compile"] = fresh_compile(calls["eager"])
         calls = {name: staged(call, workload.leaves, case.direction) for name, call in calls.items()}
         for warm in (False, True) if large else (False,):
-            if large and not timing.warm_allocator(warm):
+            if large and not timing.warm_allocator(16 * size if warm else 0) and warm:
                 continue
             with torch.set_grad_enabled(case.direction != "forward"):
                 times = timing.paired(calls, case.device, **({"rounds": 3, "slot": 0.002} if quick else {}))
             rate, share = _rate(case, times.seconds["pyllm"], quick)
             yield Result(case, ran, large and not warm, times.seconds, times.ratio, times.spread, rate, share)
         if large:
-            timing.warm_allocator(False)
+            timing.warm_allocator(0)
 
 
 def staged(call: Callable, leaves: list[Tensor], direction: str) -> Callable[[], object]:

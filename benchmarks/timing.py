@@ -81,22 +81,22 @@ def _l2_eraser() -> torch.Tensor:
     return torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
 
-def warm_allocator(warm: bool) -> bool:
-    """Makes glibc keep large blocks, so that their pages are not faulted in anew, or do as usual again.
+def warm_allocator(size: int) -> bool:
+    """Makes glibc keep `size` bytes of pages for large blocks, which are then not faulted in anew; 0: as usual again.
 
-    Returns whether this C library can be told so. glibc's thresholds are set to what its own adaptation ends in.
+    Returns whether this C library can be told so. As usual means the thresholds that glibc's own adaptation ends in.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
-    if mallopt is None:
+    libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
+    if not hasattr(libc, "mallopt"):
         return False
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-    mallopt(mmap_threshold, FRESH_PAGES_FROM)
-    mallopt(mmap_max, 0 if warm else 65536)
-    mallopt(trim_threshold, 2**31 - 1 if warm else FRESH_PAGES_FROM)
-    if warm:
-        torch.ones(2**30, dtype=torch.int8)  # its pages are kept, and serve what comes
+    libc.mallopt(mmap_threshold, FRESH_PAGES_FROM)
+    libc.mallopt(mmap_max, 0 if size else 65536)
+    libc.mallopt(trim_threshold, 2**31 - 1 if size else FRESH_PAGES_FROM)
+    if size:
+        torch.ones(size, dtype=torch.uint8)  # freed at once, and its pages serve what comes
     else:
-        ctypes.CDLL(None).malloc_trim(0)
+        libc.malloc_trim(0)
     return True
 
 

@@ -1,6 +1,6 @@
 """pyllm doctor: on one screen, what is installed, what can be used, and why anything is missing."""
 
-import importlib.util
+import importlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -54,17 +54,17 @@ def _compiled_part() -> list[tuple[str, str]]:
     """The binary's facts from pyllm._C, or why there are none."""
     rows = [("CPU library", _library.error or f"loaded, {_library.PATH.name}")]
     try:
-        from pyllm import _C
+        binary = importlib.import_module("pyllm._C")
+    except ModuleNotFoundError:
+        return [*rows, ("build", "not compiled: a C++ compiler is needed when pyllm is installed")]
     except ImportError as error:
-        missing = importlib.util.find_spec("pyllm._C") is None
-        why = "not built (a C++ compiler is needed when pyllm is installed)" if missing else f"does not load: {error}"
-        return [*rows, ("build", why)]
-    info = _C.build_info()
+        return [*rows, ("build", f"pyllm._C does not load: {error}")]
+    info = binary.build_info()
     sets = ", ".join(info["instruction_sets"])
     rows.append(("build", f"compiler {info['compiler']}, headers of torch {info['torch']}, CPU kernels for {sets}"))
-    rows.append(("CUDA kernels", ", ".join(_C.cuda_architectures()) or "none in this build"))
+    rows.append(("CUDA kernels", ", ".join(binary.cuda_architectures()) or "none in this build"))
     try:
-        isa = _C.cpu_isa()
+        isa = binary.cpu_isa()
     except RuntimeError as error:  # PYLLM_CPU_ISA names what this processor has not
         isa = str(error)
     return [*rows, ("CPU kernels use", isa)]

@@ -1,0 +1,112 @@
+"""The benchmarks' own correctness: peers compute the same, work is counted right, drift cancels, red has no time."""
+
+import resource
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyllm
+from pyllm import cli
+from pyllm.backend import Implementation
+from pyllm.benchmarks import measure, timing
+from pyllm.benchmarks.catalogue import BENCHMARKS
+from pyllm.ops.softmax import SOFTMAX
+
+TINY = [
+    measure.Case(benchmark, benchmark.tiny, "fp64", "both", variant)
+    for benchmark in BENCHMARKS.values()
+    for variant in benchmark.variants
+]
+# post-norm, the layers' default, has dropout 0.1
+DETERMINISTIC = [
+    case for case in TINY if "dropout 0.1" not in case.variant and case.variant not in ("post-norm", "pre-norm")
+]
+
+
+def tensors(outputs) -> list[torch.Tensor]:
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_peers_compute_what_pyllm_computes(case):
+    workload = case.workload()
+    results = {}
+    with pyllm.use_backend("reference"):
+        for name, call in workload.calls.items():
+            torch.manual_seed(1)  # of the cotangents
+            results[name] = [*tensors(call()), *measure.staged(call, workload.leaves, "both")()]
+    torch.testing.assert_close(results["eager"], results["pyllm"])
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+def test_every_case_is_measured(case):
+    (result,) = measure.measure(case, "reference", compiled=False, quick=True)
+    assert result.problem is None and result.backend == "reference" and not result.fresh_pages
+    assert min(result.seconds.values()) > 0 and result.ratio["eager"] == 1.0
+    assert result.rate > 0 and result.share > 0
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_work_is_counted_as_the_tensors_and_products_tell(case):
+    workload, shape = case.workload(), case.shape
+    if case.benchmark.moved:
+        outputs = tensors(workload.calls["eager"]())
+        elements = sum(t.numel() for t in [*workload.leaves, *outputs] if t.shape == shape)
+        read_half = shape[0] * shape[1] * shape[2] / 2 if case.variant == "causal" else 0
+        assert case.benchmark.moved(shape, **case.options)[0] == elements - read_half
+    else:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+            workload.calls["eager"]()
+        causal = 0.5 if case.variant == "causal" else 1.0  # which the counter does not know
+        assert case.benchmark.flops(shape, **case.options)[0] == forward.get_total_flops() * causal
+
+
+def test_drift_cancels_and_the_ratio_is_paired(monkeypatch):
+    costs = {"eager": 3.0, "pyllm": 2.0}
+    slots = []
+
+    def clock(call, repeats):
+        slots.append(call())
+        return costs[call()] + 0.01 * len(slots)  # the machine gets slower and slower
+
+    monkeypatch.setattr(timing, "_cpu_seconds", clock)
+    times = timing.paired({name: partial(str, name) for name in costs}, "cpu", rounds=5)
+    assert slots[-6:] == ["eager", "pyllm", "eager", "eager", "pyllm", "eager"]
+    assert times.spread == pytest.approx(0.0, abs=1e-12)
+    drift = 0.01 * (len(slots) - 14.5)  # in the middle of the third of five rounds
+    assert times.seconds == pytest.approx({"eager": 3.0 + drift, "pyllm": 2.0 + drift})
+    assert times.ratio["pyllm"] == pytest.approx((3.0 + drift) / (2.0 + drift))
+
+
+def test_a_red_case_has_no_time(monkeypatch, capsys):
+    wrong = Implementation(lambda x, *options: 1.01 * torch.softmax(x, -1))
+    monkeypatch.setitem(SOFTMAX.implementations, "torch", wrong)
+    case = measure.Case(BENCHMARKS["softmax"], (1, 8, 8), "fp32", "forward")
+    (result,) = measure.measure(case, "torch", compiled=False, quick=True)
+    assert "output 0" in result.problem and not result.seconds and result.rate is None
+    assert cli.main(["bench", "softmax", "--quick", "--backend", "torch", "--variant", ""]) == 1
+    assert capsys.readouterr().out.count("RED: output 0") == 6
+
+
+def test_compiled_peer():
+    case = measure.Case(BENCHMARKS["rms_norm"], (4, 64), "fp32", "backward")
+    (result,) = measure.measure(case, "reference", compiled=True, quick=True)
+    assert set(result.seconds) == {"eager", "pyllm", "compile"}
+
+
+def test_warm_allocator_keeps_pages():
+    size = 40 * 2**20
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(3):
+            torch.ones(size, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    if timing.warm_allocator(4 * size):
+        warm = faults()
+        timing.warm_allocator(0)
+        assert warm < 100 < faults()

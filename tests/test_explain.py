@@ -1,0 +1,39 @@
+"""pyllm.explain: what ran where and why, and its strict mode."""
+
+import pytest
+import torch
+
+import pyllm
+
+
+def model() -> torch.nn.Module:
+    return pyllm.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+
+def test_every_call_is_explained():
+    with pyllm.use_backend("reference"):
+        explanation = pyllm.explain(model(), torch.randn(2, 5, 16), is_causal=False)
+    assert [choice.op for choice in explanation] == ["attention", "add_layer_norm", "add_layer_norm"]
+    assert {(c.backend, c.reason, c.device, c.dtype) for c in explanation} == {
+        ("reference", "asked for", "cpu", torch.float32)
+    }
+    assert explanation[0].shape == (2, 2, 5, 8)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in str(explanation).splitlines()]
+    assert ["2", "add_layer_norm", "2x5x16", "float32", "cpu", "reference (not fused)", "asked for"] in lines
+
+
+def test_a_default_choice_says_what_it_passed_over(monkeypatch):
+    monkeypatch.setattr("pyllm._library.error", "it was left at home")
+    (choice,) = pyllm.explain(pyllm.ops.add_layer_norm, *torch.randn(2, 3, 8), dropout_p=0.5)
+    assert choice.backend == "reference"
+    assert "it was left at home" in choice.reason and "dropout mask would differ" in choice.reason
+
+
+def test_strict_wants_fused_kernels():
+    x = torch.randn(3, 8)
+    with pyllm.use_backend("torch"):
+        assert len(pyllm.explain(pyllm.ops.layer_norm, x, strict=True)) == 1
+        with pytest.raises(RuntimeError, match="1 of 1 operator calls did not run on a fused kernel"):
+            pyllm.explain(pyllm.ops.add_layer_norm, x, x, strict=True)
+    with pytest.raises(RuntimeError, match="no pyllm operator was called"):
+        pyllm.explain(torch.nn.LayerNorm(8), x, strict=True)
