@@ -2,3 +2,5 @@
 
 No autograd, no module and no policy here. Installed as pyllm.kernels.
 """
+
+# Without a __version__: PyPI has a package named kernels, and transformers takes a versioned one for that.

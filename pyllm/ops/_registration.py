@@ -53,7 +53,11 @@ def kernel(module: str) -> Callable[[Callable], Kernel]:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def draw_rng(tensor: Tensor, dropout_p: float) -> Tensor | None:

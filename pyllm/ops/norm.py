@@ -76,14 +76,19 @@ def _check_row(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = 
     _checks.floating(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            _checks.floating(op, name, parameter)
-            _checks.same_device(op, name, parameter, "x", x)
-            if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
-                raise TypeError(f"{op}: {name} must be {x.dtype}, as x, or float32, got {parameter.dtype}")
-            if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
-                _checks.shape(op, name, parameter, x.shape[-1:], "(N,)")
+    if weight is not None:
+        _check_parameter(op, "weight", weight, x)
+    if bias is not None:
+        _check_parameter(op, "bias", bias, x)
+
+
+def _check_parameter(op: str, name: str, parameter: Tensor, x: Tensor) -> None:
+    _checks.floating(op, name, parameter)
+    _checks.same_device(op, name, parameter, "x", x)
+    if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be {x.dtype}, as x, or float32, got {parameter.dtype}")
+    if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
+        _checks.shape(op, name, parameter, x.shape[-1:], "(N,)")
 
 
 def _check_add(op, x, residual, weight, bias, dropout_p) -> None:

@@ -1,0 +1,66 @@
+# Every target sets up what it needs: .venv with the versions of requirements.lock, and the extension, built by ninja.
+# Variables: PYTHON (interpreter that .venv is made from), PYTEST_ARGS.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: help install demo test bench lint format check-triton wheel lock clean
+
+help:
+	@echo "make demo          train a small GPT with pyllm's layers beside torch.nn's"
+	@echo "make test          run the tests"
+	@echo "make bench         benchmark every operator against PyTorch, JSON in results/"
+	@echo "make install       set up .venv and build the extension"
+	@echo "make lint          ruff, clang-format"
+	@echo "make check-triton  compile every Triton kernel ahead of time; fail on spills"
+	@echo "make wheel         build a wheel into dist/"
+
+install: .venv/built
+
+.venv/installed: requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+.venv/built: .venv/installed setup.py pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: install
+	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
+
+test: install
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+bench: install
+	@mkdir -p results
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json=results/bench.json
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+check-triton: install
+	$(BIN)/python -m pyllm.kernels.aot --out docs/triton.md
+
+wheel: install
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+lock:
+	$(PYTHON) -m pip install --quiet uv
+	$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate \
+	  $(patsubst %,--no-emit-package %,$(CUDA_PARTS)) requirements.in --output-file requirements.lock
+
+# PyTorch's own metadata pins these, where its build needs them at all.
+CUDA_PARTS := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+  nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+  nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+
+clean:
+	rm -rf build dist results .pytest_cache pyllm/*.so

@@ -1,0 +1,226 @@
+"""What the operators owe PyTorch: schemas, fakes, compile, export, profiler; and what the build and the import owe."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICES
+from torch.library import opcheck
+
+import pyllm
+from pyllm import ops
+from pyllm.backend import use_backend
+from pyllm.testing import randn
+
+ROOT = Path(__file__).parent.parent
+NAMESPACES = [
+    name for name, backend in (("pyllm", "native"), ("pyllm_triton", "triton")) if pyllm.backends()[backend] is None
+]
+
+
+def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
+    """(name, arguments) of a call of every registered operator."""
+
+    def t(*shape):
+        return randn(*shape, dtype=dtype, device=device, grad=False)
+
+    x, residual, weight, bias = t(3, 5, 40), t(3, 5, 40), t(40), t(40)
+    mean, rstd = torch.randn(15, device=device), torch.rand(15, device=device)
+    rng = torch.tensor([3, 5], device=device)
+    yield "layer_norm_fwd", (x, weight, bias, 1e-5)
+    yield "layer_norm_fwd", (x.mT, None, None, 1e-5)
+    yield "layer_norm_bwd", (x, residual, weight, bias, mean, rstd)
+    yield "layer_norm_bwd", (x, residual, None, None, mean, rstd)
+    yield "rms_norm_fwd", (x, weight, 1e-5)
+    yield "rms_norm_bwd", (x, residual, weight, rstd)
+    yield "add_layer_norm_fwd", (x, residual, weight, bias, rng, 0.3, 1e-5)
+    yield "add_layer_norm_bwd", (x, residual, x, weight, bias, mean, rstd, rng, 0.3, dtype)
+    yield "add_rms_norm_fwd", (x, residual, weight, None, 0.0, 1e-5)
+    yield "add_rms_norm_bwd", (x, None, x, weight, rstd, None, 0.0, dtype)
+    for name in ("softmax", "log_softmax"):
+        yield f"{name}_fwd", (x, torch.rand(1, 5, 40, device=device) > 0.5, 0.7, False)
+        yield f"{name}_fwd", (x, None, 1.0, True)
+        yield f"{name}_bwd", (x, torch.rand_like(x), 0.7)
+    q, k, v = t(2, 4, 7, 16), t(2, 2, 9, 16), t(2, 2, 9, 16)
+    mask, padding = t(1, 4, 1, 9), torch.rand(2, 9, device=device) > 0.8
+    options = (0.25, 0.3, -1, 0, True)
+    yield "attention_fwd", (q, k, v, mask, padding, rng, *options)
+    yield "attention_fwd", (q, k, v, None, None, None, 0.25, 0.0, -1, -1, False)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    out, lse = t(2, 7, 4, 16).transpose(1, 2), torch.randn(2, 4, 7, dtype=statistics, device=device)
+    yield "attention_bwd", (out, lse, q, k, v, mask, padding, rng, out, lse, *options, True)
+    yield "attention_bwd", (out, None, q, k, v, None, None, None, out, lse, 0.25, 0.0, -1, -1, False, False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_opcheck(namespace, device):
+    called = set()
+    for name, arguments in kernel_calls(device):
+        opcheck(getattr(getattr(torch.ops, namespace), name).default, arguments)
+        called.add(name)
+    registered = {
+        n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{namespace}::")
+    }
+    assert called == registered, "an operator without a call here"
+
+
+@pytest.mark.skipif(len(NAMESPACES) < 2, reason="needs both kernel backends")
+def test_schemas_agree():
+    for name, _ in kernel_calls("cpu"):
+        native, triton = (getattr(getattr(torch.ops, n), name).default._schema for n in ("pyllm", "pyllm_triton"))
+        strip = str(native).removeprefix("pyllm::"), str(triton).removeprefix("pyllm_triton::")
+        assert strip[0] == strip[1]
+
+
+def every_public_call(x, weight, q, k):
+    y = ops.layer_norm(x, weight, weight) + ops.rms_norm(x, weight)
+    y, z = ops.add_layer_norm(y, x, weight, weight, dropout_p=0.1)
+    y, z = ops.add_rms_norm(y, z, weight)
+    y = ops.softmax(y, scale=0.5) + ops.log_softmax(z, is_causal=True)
+    out, lse = ops.attention(q, k, k, is_causal=True, dropout_p=0.1, return_lse=True)
+    return y.sum() + out.sum() + lse.sum()
+
+
+def inputs(rows: int, device: str):
+    shapes = ((rows, 3, 24), (24,), (2, 4, rows, 16), (2, 2, rows + 2, 16))
+    return tuple(randn(*s, device=device) for s in shapes)
+
+
+def test_compiles_whole_with_dynamic_shapes(target):
+    backend, device = target
+    if backend == "torch":
+        pytest.skip("torch refuses dropout; its own operators compile")
+    with use_backend(backend):
+        compiled = torch.compile(every_public_call, fullgraph=True, dynamic=True, backend="aot_eager")
+        for rows in (5, 8, 13):
+            arguments = inputs(rows, device)
+            results = []
+            for function in (every_public_call, compiled):
+                torch.manual_seed(1)
+                loss = function(*arguments)
+                results.append((loss, *torch.autograd.grad(loss, arguments)))
+            for eager, traced in zip(*results, strict=True):
+                assert torch.equal(eager, traced)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("name", [n for n in NAMESPACES if n == "pyllm"])
+def test_exports(name):
+    class Model(torch.nn.Module):
+        def forward(self, x, q):
+            return ops.layer_norm(x), ops.attention(q, q, q, is_causal=True)
+
+    x, q = torch.randn(4, 16), torch.randn(1, 2, 6, 8)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(
+        Model().eval(), (x, q), dynamic_shapes={"x": {0: batch}, "q": {2: torch.export.Dim.AUTO}}
+    )
+    called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert {"pyllm.layer_norm_fwd.default", "pyllm.attention_fwd.default"} <= called
+    x, q = torch.randn(9, 16), torch.randn(1, 2, 11, 8)
+    for exported, eager in zip(program.module()(x, q), Model()(x, q), strict=True):
+        assert torch.equal(exported, eager)
+
+
+def test_profiler_shows_names(target):
+    backend, device = target
+    if backend not in ("native", "triton"):
+        pytest.skip("no operators of ours")
+    x = randn(4, 16, device=device)
+    with use_backend(backend), torch.profiler.profile() as profile:
+        ops.layer_norm(x).sum().backward()
+    names = {event.name for event in profile.events()}
+    namespace = "pyllm" if backend == "native" else "pyllm_triton"
+    assert {f"{namespace}::layer_norm_fwd", f"{namespace}::layer_norm_bwd"} <= names
+
+
+def test_autocast_follows_torch(target):
+    backend, device = target
+    x = randn(2, 3, 16, device=device, dtype=torch.bfloat16)
+    q = randn(1, 2, 5, 16, device=device)
+    with use_backend(backend), torch.autocast(device, torch.bfloat16):
+        norm = torch.nn.functional.layer_norm(x, (16,))
+        assert ops.layer_norm(x).dtype == norm.dtype
+        assert ops.softmax(x).dtype == torch.softmax(x, -1).dtype
+        out = ops.attention(q, q, q)
+        assert out.dtype == torch.nn.functional.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
+        out.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_selective_checkpointing_sees_the_operators():
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    seen = []
+
+    def policy(ctx, op, *args, **kwargs):
+        seen.append(str(op))
+        return CheckpointPolicy.MUST_SAVE if "layer_norm_fwd" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    x = randn(4, 16)
+    y = checkpoint(
+        lambda x: ops.layer_norm(x).tanh(),
+        x,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
+    y.sum().backward()
+    assert any("layer_norm_fwd" in name for name in seen)
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    import os
+
+    environment = {**os.environ, **env}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_import_is_cheap_and_safe():
+    code = (
+        "import sys, torch\n"
+        "import torch.utils.flop_counter\n"
+        "layer_norm, attention = torch.nn.functional.layer_norm, torch.nn.functional.scaled_dot_product_attention\n"
+        "import pyllm\n"
+        "assert 'triton' not in sys.modules, 'imports Triton'\n"
+        "assert not torch.cuda.is_initialized(), 'initialises CUDA'\n"
+        "assert torch.nn.functional.layer_norm is layer_norm, 'patches torch'\n"
+        "assert torch.nn.functional.scaled_dot_product_attention is attention, 'patches torch'\n"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_folder_kernels_does_not_hide_a_package_of_that_name():
+    result = python("import transformers\nfrom transformers import BertModel, T5Model\nprint(BertModel.__name__)")
+    assert result.stdout.strip() == "BertModel", result.stderr
+
+
+@pytest.mark.parametrize("name, why", [("portable", None), ("avx9", "must be portable, avx2 or avx512")])
+def test_instruction_set_by_name(name, why):
+    code = "import torch, pyllm\nfrom pyllm import _C\nprint(_C.cpu_isa(), pyllm.ops.softmax(torch.zeros(4)).tolist())"
+    result = python(code, PYLLM_CPU_ISA=name)
+    if why is None:
+        assert result.stdout.strip() == f"{name} [0.25, 0.25, 0.25, 0.25]", result.stderr
+    else:
+        assert why in result.stderr
+
+
+def test_backend_from_the_environment():
+    code = "import torch, pyllm\nprint(pyllm.explain(pyllm.ops.softmax, torch.zeros(4)).choices[0].backend)"
+    assert python(code, PYLLM_BACKEND="reference").stdout.strip() == "reference"
+    assert "unknown backend 'x'" in python(code, PYLLM_BACKEND="x").stderr
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_kernels_of_an_instruction_set_share_no_code(isa):
+    """A function outside the instruction set's namespace would be merged by the linker with another set's copy."""
+    objects = sorted((ROOT / "build" / "native").glob(f"*.{isa}.o"))
+    if not objects:
+        pytest.skip("not built from this checkout")
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True).stdout
+        weak = [line for line in symbols.splitlines() if " W " in line or " V " in line or " u " in line]
+        assert [line for line in weak if f"pyllm::{isa}::" not in line] == []
