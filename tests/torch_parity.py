@@ -10,8 +10,7 @@ from pyllm.testing import assert_within_budget
 
 
 def pair(name: str, *args, **kwargs) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """(pyllm's, torch's) module with the same parameters, none of them at its initial value; the state is moved by
-    strict loading."""
+    """(pyllm's, torch's) module with the same parameters, none at its initial value, moved by strict loading."""
     ours, theirs = getattr(pyllm.nn, name)(*args, **kwargs), getattr(torch.nn, name)(*args, **kwargs)
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -20,18 +19,34 @@ def pair(name: str, *args, **kwargs) -> tuple[torch.nn.Module, torch.nn.Module]:
     return ours, theirs
 
 
-def compare(ours, theirs: torch.nn.Module, *inputs: Tensor, **options) -> None:
+def compare(ours: torch.nn.Module, theirs: torch.nn.Module, *inputs: Tensor, **options) -> None:
     """Asserts that ours(*inputs, **options) is as near to theirs in fp64 as theirs is in its own dtype (the budget).
 
     A tensor that is given twice is the same tensor in the call. Floating options get gradients too.
     """
-    actual = results(ours, inputs, options)
-    plain = results(theirs, inputs, options)
-    truth = results(deepcopy(theirs).double(), inputs, options, torch.float64)
+    assert_parity(
+        results(ours, inputs, options),
+        results(theirs, inputs, options),
+        results(deepcopy(theirs).double(), inputs, options, torch.float64),
+    )
+
+
+def assert_parity(actual: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Asserts that names and dtypes of actual are plain's, and the numbers, taken together, within the budget.
+
+    Each tensor counts in units of its largest true value (a power of two, which is exact): the largest error among 24
+    numbers is too much a matter of chance for a budget of its own.
+    """
     assert actual.keys() == plain.keys() == truth.keys()
-    for name, expected in truth.items():
-        assert actual[name].dtype == plain[name].dtype, name
-        assert_within_budget(name, actual[name], expected, plain[name])
+    assert {n: (t.shape, t.dtype) for n, t in actual.items()} == {n: (t.shape, t.dtype) for n, t in plain.items()}
+    units = {name: t.abs().max().log2().floor().exp2() if t.any() else 1.0 for name, t in truth.items()}
+    coarsest = max((t.dtype for t in plain.values()), key=lambda dtype: torch.finfo(dtype).eps)
+
+    def joined(tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.cat([(t.detach() / units[name]).flatten().to(dtype) for name, t in tensors.items()])
+
+    expected = joined(truth, torch.float64)
+    assert_within_budget("outputs and gradients", joined(actual, coarsest), expected, joined(plain, coarsest))
 
 
 def results(module, inputs, options, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -43,7 +58,8 @@ def results(module, inputs, options, dtype: torch.dtype | None = None) -> dict[s
             return value
         return leaves.setdefault(id(value), value.detach().to(dtype or value.dtype).requires_grad_())
 
-    outputs = module(*map(leaf, inputs), **{name: leaf(value) for name, value in options.items()})
+    tensors = [leaf(t) for t in inputs]
+    outputs = module(*tensors, **{name: leaf(value) for name, value in options.items()})
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
     found = {f"output {i}": o for i, o in enumerate(outputs)}
     named = {f"gradient of input {i}": t for i, t in enumerate(leaves.values())}
