@@ -9,6 +9,9 @@ namespace pyllm::PYLLM_ISA {
 
 using Words = Vec<uint32_t>;
 
+// Columns that share a group of four calls.
+inline constexpr int kPhiloxGroup = 32;
+
 // Columns whose bits one Philox call per lane makes: eight for each 32-bit lane.
 inline constexpr int kPhiloxColumns = 8 * kLanes<uint32_t>;
 
@@ -21,27 +24,46 @@ inline void multiply(Words a, uint32_t b, Words& low, Words& high) {
   high = bit_cast<Words>((even >> 32) | (odd & 0xFFFFFFFF00000000u));
 }
 
-// The random numbers of kPhiloxColumns columns of a row, from `column` on, which is a multiple of 32.
-inline void random_bits(const Dropout& dropout, uint32_t head, uint32_t row, int64_t column, uint16_t* out) {
-  Words c0, c1 = Words{} + row, c2 = Words{} + head, c3 = Words{} + dropout.offset;
-  for (int lane = 0; lane < kLanes<uint32_t>; ++lane) c0[lane] = static_cast<uint32_t>(column / 8) + lane;
+// The ten rounds on four counter words, in place.
+inline void philox(const Dropout& dropout, Words (&c)[4]) {
   uint32_t k0 = dropout.seed_low, k1 = dropout.seed_high;
   for (int round = 0; round < 10; ++round) {
     Words low0, high0, low1, high1;
-    multiply(c0, 0xD2511F53u, low0, high0);
-    multiply(c2, 0xCD9E8D57u, low1, high1);
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
+    multiply(c[0], 0xD2511F53u, low0, high0);
+    multiply(c[2], 0xCD9E8D57u, low1, high1);
+    c[0] = high1 ^ c[1] ^ k0;
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ k1;
+    c[3] = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  const Words words[4] = {c0, c1, c2, c3};
-  // A group of 32 columns is four lanes: 16 bytes of each word lie side by side.
-  for (int group = 0; group < kPhiloxColumns / 32; ++group)
+}
+
+inline Words counting_from(uint32_t start) {
+  Words words;
+  for (int lane = 0; lane < kLanes<uint32_t>; ++lane) words[lane] = start + lane;
+  return words;
+}
+
+// One call for each lane, the lanes being consecutive rows: word w holds columns 32g + 8w + 2t (low half) and the next.
+inline void random_words(const Dropout& dropout, uint32_t head, uint32_t row, int64_t g, int t, Words (&words)[4]) {
+  words[0] = Words{} + static_cast<uint32_t>(4 * g + t);
+  words[1] = counting_from(row);
+  words[2] = Words{} + head;
+  words[3] = Words{} + dropout.offset;
+  philox(dropout, words);
+}
+
+// The random numbers of kPhiloxColumns columns of a row, from `column` on, which is a multiple of kPhiloxGroup.
+inline void random_bits(const Dropout& dropout, uint32_t head, uint32_t row, int64_t column, uint16_t* out) {
+  Words words[4] = {counting_from(static_cast<uint32_t>(column / 8)), Words{} + row, Words{} + head,
+                    Words{} + dropout.offset};
+  philox(dropout, words);
+  // A group of columns is four lanes: 16 bytes of each word lie side by side.
+  for (int group = 0; group < kPhiloxColumns / kPhiloxGroup; ++group)
     for (int word = 0; word < 4; ++word)
-      std::memcpy(out + 32 * group + 8 * word, reinterpret_cast<const char*>(&words[word]) + 16 * group, 16);
+      std::memcpy(out + kPhiloxGroup * group + 8 * word, reinterpret_cast<const char*>(&words[word]) + 16 * group, 16);
 }
 
 // What `kLanes<C>` elements are multiplied by: dropout.scale where the random number is kept, else 0.

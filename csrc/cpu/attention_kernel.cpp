@@ -1,0 +1,525 @@
+// Attention with online softmax (Dao et al., 2022), in tiles of kQueryBlock queries by kKeyBlock keys that stay in the
+// second-level cache. Tiles hold the scores transposed, a row a key and a lane a query: then K and V are read where
+// they are, no reduction crosses lanes, and only Q (and dO) are transposed, once for each block.
+//
+// Forward, a task for each block of queries: S' = K Q', softmax down the columns, O = O * rescale + P V.
+// Backward, a task for each key head (or part of its queries): S' = K Q', dP' = V dO', dV += P' dO, dK += dS' Q,
+// dQ = dS K, with P recomputed from the log-sum-exp. dQ is complete after a block; dK and dV go to the task's own
+// buffer, so nothing is shared and no sum depends on timing.
+// The gradient of a mask recomputes dS, a task for each tile of the mask, and sums it over what was broadcast.
+//
+// Bytes: Q, O, dO, dQ once; K and V once for each block of queries, from cache where a head's fit. FLOPs for each pair
+// inside the band: 4 D forward, 10 D backward, 4 D more for the gradient of a mask.
+#include "cpu/attention.h"
+
+#include "cpu/gemm.h"
+#include "cpu/philox.h"
+#include "cpu/vec.h"
+
+namespace pyllm::PYLLM_ISA {
+
+namespace {
+
+template <class C>
+constexpr C kInfinity = std::numeric_limits<C>::infinity();
+
+template <class C>
+int64_t padded(int64_t dim) {
+  constexpr int64_t unit = kRowBytes / sizeof(C);
+  return (dim + unit - 1) / unit * unit;
+}
+
+// Queries [first, first + count) of a head and the keys [begin, end) that some of them may see.
+struct Block {
+  int64_t batch = 0, head = 0, key_head = 0, first = 0, begin = 0, end = 0;
+  int count = 0;
+};
+
+Block make_block(const Attention& call, int64_t batch, int64_t head, int64_t index) {
+  Block block{.batch = batch, .head = head, .key_head = head / (call.heads / call.kv_heads)};
+  block.first = index * kQueryBlock;
+  const int64_t last = block.first + kQueryBlock < call.sq ? block.first + kQueryBlock : call.sq;
+  block.count = static_cast<int>(last - block.first);
+  block.begin = call.left < 0 ? 0 : block.first + call.shift - call.left;
+  block.end = call.right < 0 ? call.sk : last + call.shift + call.right;
+  if (block.begin < 0) block.begin = 0;
+  if (block.end > call.sk) block.end = call.sk;
+  if (call.padding != nullptr) {
+    const bool* ignored = call.padding + batch * call.sk;
+    while (block.begin < block.end && ignored[block.begin]) ++block.begin;
+    while (block.begin < block.end && ignored[block.end - 1]) --block.end;
+  }
+  block.begin = block.begin / kPhiloxGroup * kPhiloxGroup;
+  return block;
+}
+
+// Blocks in an order in which every run of them has its share of long and short rows of keys.
+int64_t balanced(int64_t index, int64_t blocks) { return index % 2 == 0 ? index / 2 : blocks - 1 - index / 2; }
+
+// Vectors that hold the queries of a block.
+template <class C>
+int vectors(const Block& block) {
+  return (block.count + kLanes<C> - 1) / kLanes<C>;
+}
+
+// body(offset) for the offset of each vector of a tile's row
+template <class C, class Body>
+[[gnu::always_inline]] inline void for_lanes(const Block& block, Body&& body) {
+  for (int v = 0; v < vectors<C>(block); ++v) body(v * kLanes<C>);
+}
+
+// to[column][row] = row_vector(row, column, count)[lane]; rows beyond `rows`, up to a whole vector, give 0
+template <class C, class Load>
+void transpose_rows(int rows, int64_t columns, C* to, Load&& row_vector) {
+  constexpr int lanes = kLanes<C>;
+  for (int64_t column = 0; column < columns; column += lanes) {
+    const int count = columns - column < lanes ? static_cast<int>(columns - column) : lanes;
+    for (int row = 0; row < rows; row += lanes) {
+      Vec<C> square[lanes];
+      for (int r = 0; r < lanes; ++r) square[r] = row + r < rows ? row_vector(row + r, column, count) : Vec<C>{};
+      transpose<C>(square);
+      for (int i = 0; i < count; ++i) store(to + (column + i) * kQueryBlock + row, square[i]);
+    }
+  }
+}
+
+// A row in the compute type, padded with zeros to `width`.
+template <class T, class C>
+void convert_row(const T* from, int64_t dim, C* to, int64_t width) {
+  for_vectors<C>(dim, [&](int64_t i, int count) { store(to + i, load(from + i, count)); });
+  for (int64_t i = dim; i < width; ++i) to[i] = 0;
+}
+
+// --- scores ---
+
+// `count` elements of a mask's row as added numbers; stride 0: the same one `count` times.
+template <class C, class M>
+Vec<C> mask_vector(const M* from, int64_t stride, int count) {
+  constexpr int lanes = kLanes<C>;
+  M values[lanes] = {};
+  if (stride != 0) {
+    std::memcpy(values, from, count * sizeof(M));
+  } else {
+    for (int i = 0; i < count; ++i) values[i] = *from;
+  }
+  if constexpr (std::is_same_v<M, uint8_t>) {
+    Vec<C> added;
+    for (int i = 0; i < lanes; ++i) added[i] = values[i] ? 0 : -kInfinity<C>;
+    return added;
+  } else if constexpr (std::is_same_v<Compute<M>, C>) {
+    return load(values);
+  } else {  // a float mask on double scores
+    Vec<C> added;
+    for (int i = 0; i < lanes; ++i) added[i] = static_cast<C>(values[i]);
+    return added;
+  }
+}
+
+// Calls body(M{}) with the mask's storage type, of those that the scores' compute type C admits.
+template <class C, class Body>
+void visit_mask_type(DType dtype, Body&& body) {
+  if (dtype == DType::boolean) return body(uint8_t{});
+  visit_dtype(dtype, [&](auto type) {
+    using M = decltype(type);
+    if constexpr (std::is_same_v<Compute<M>, C> || std::is_same_v<M, float>) body(type);
+  });
+}
+
+// The mask of a tile as added numbers, transposed.
+template <class C>
+void load_mask(const ScoreMask& mask, const Block& block, int64_t key, int keys, C* to) {
+  const int64_t offset = block.batch * mask.batch + block.head * mask.head + block.first * mask.row + key * mask.column;
+  visit_mask_type<C>(mask.data.dtype, [&](auto type) {
+    const auto* from = mask.data.as<const decltype(type)>() + offset;
+    transpose_rows<C>(block.count, keys, to, [&](int row, int64_t column, int count) {
+      return mask_vector<C>(from + row * mask.row + column * mask.column, mask.column, count);
+    });
+  });
+}
+
+// Scores (keys, kQueryBlock) of the keys from `key` on; query_t holds the queries transposed.
+template <class C>
+void make_scores(const Attention& call, const Block& block, int64_t key, int keys, const C* query_t, C* scores) {
+  multiply_add<false>(keys, vectors<C>(block) * kLanes<C>, call.dim,
+                      call.key.at<const C>(block.batch, block.key_head, key), call.key.row, query_t, kQueryBlock,
+                      scores, kQueryBlock, Update<C>{.set = true, .alpha = static_cast<C>(call.scale)});
+  const bool* ignored = call.padding == nullptr ? nullptr : call.padding + block.batch * call.sk + key;
+  C* added = nullptr;
+  if (call.mask.data) {
+    added = scratch<C, 7>(kKeyBlock * kQueryBlock);
+    load_mask(call.mask, block, key, keys, added);
+  }
+  Vec<C> lane;
+  for (int i = 0; i < kLanes<C>; ++i) lane[i] = static_cast<C>(i);
+  for (int j = 0; j < keys; ++j) {
+    C* row = scores + j * kQueryBlock;
+    if (ignored != nullptr && ignored[j]) {
+      for_lanes<C>(block, [&](int i) { store(row + i, splat(-kInfinity<C>)); });
+      continue;
+    }
+    if (added != nullptr) {
+      for_lanes<C>(block, [&](int i) { store(row + i, load(row + i) + load(added + j * kQueryBlock + i)); });
+    }
+    // Queries low to high of the block see this key.
+    const int64_t same = key + j - call.shift - block.first;
+    const int64_t low = call.right < 0 ? 0 : same - call.right;
+    const int64_t high = call.left < 0 ? kQueryBlock : same + call.left;
+    if (low > 0 || high < block.count - 1) {
+      const C first = static_cast<C>(low), last = static_cast<C>(high);
+      for_lanes<C>(block, [&](int i) {
+        const Vec<C> query = lane + static_cast<C>(i);
+        Vec<C> score = load(row + i);
+        score = query < first ? splat(-kInfinity<C>) : score;
+        store(row + i, query > last ? splat(-kInfinity<C>) : score);
+      });
+    }
+  }
+}
+
+// Dropout's factors of a tile. Lanes are queries, so each Philox call serves eight rows of the tile.
+template <class C>
+C* keep_factors(const Attention& call, const Block& block, int64_t key, int keys) {
+  C* factors = scratch<C, 6>(kKeyBlock * kQueryBlock);
+  const uint32_t head = static_cast<uint32_t>(block.batch * call.heads + block.head);
+  const C scale = static_cast<C>(call.dropout.scale);
+  for (int group = 0; group < keys; group += kPhiloxGroup) {
+    for (int t = 0; t < 4; ++t) {
+      for (int row = 0; row < block.count; row += kLanes<uint32_t>) {
+        Words words[4];
+        random_words(call.dropout, head, static_cast<uint32_t>(block.first + row), (key + group) / kPhiloxGroup, t, words);
+        for (int i = 0; i < 8; ++i) {
+          const int j = group + 8 * (i / 2) + 2 * t + i % 2;
+          const auto kept = ((words[i / 2] >> (16 * (i % 2))) & 0xFFFF) >= call.dropout.threshold;
+          C* to = factors + j * kQueryBlock + row;
+          if constexpr (sizeof(C) == 4) {
+            store(to, kept ? splat(scale) : Vec<C>{});
+          } else {
+            for (int lane = 0; lane < kLanes<uint32_t>; ++lane) to[lane] = kept[lane] ? scale : 0;
+          }
+        }
+      }
+    }
+  }
+  return factors;
+}
+
+// --- forward ---
+
+// What the lanes of a block carry from one tile of keys to the next.
+template <class C>
+struct Softmax {
+  alignas(64) C peak[kQueryBlock], total[kQueryBlock], rescale[kQueryBlock];
+};
+
+// Scores become exp(score - peak); the sums and the factor that earlier results need are brought up to date.
+template <class C>
+void exponentiate(const Block& block, int keys, C* scores, Softmax<C>& softmax) {
+  for_lanes<C>(block, [&](int i) {
+    const Vec<C> before = load(softmax.peak + i);
+    Vec<C> peaks[2] = {before, before};
+    for (int j = 0; j < keys; ++j) peaks[j % 2] = max<C>(load(scores + j * kQueryBlock + i), peaks[j % 2]);
+    const Vec<C> peak = max<C>(peaks[0], peaks[1]);
+    const Vec<C> shift = peak == -kInfinity<C> ? Vec<C>{} : peak;  // nothing seen yet: every exponential is 0
+    Vec<C> total{};
+    for (int j = 0; j < keys; ++j) {
+      C* score = scores + j * kQueryBlock + i;
+      const Vec<C> e = exp(load(score) - shift);
+      store(score, e);
+      total += e;
+    }
+    const Vec<C> rescale = exp(before - shift);
+    store(softmax.rescale + i, rescale);
+    store(softmax.total + i, load(softmax.total + i) * rescale + total);
+    store(softmax.peak + i, peak);
+  });
+}
+
+template <class T>
+void forward(const AttentionForward& args, int64_t task) {
+  using C = Compute<T>;
+  const Attention& call = args.call;
+  const int64_t width = padded<C>(call.dim), blocks = call.blocks(), head = task / blocks;
+  const Block block = make_block(call, head / call.heads, head % call.heads, balanced(task % blocks, blocks));
+  C* query_t = scratch<C, 0>(width * kQueryBlock);
+  C* scores = scratch<C, 1>(kKeyBlock * kQueryBlock);
+  C* out = scratch<C, 2>(kQueryBlock * width);
+  const T* query = call.query.at<const T>(block.batch, block.head, block.first);
+  transpose_rows<C>(block.count, call.dim, query_t, [&](int row, int64_t column, int count) {
+    return load(query + row * call.query.row + column, count);
+  });
+  Softmax<C> softmax;
+  for (int i = 0; i < kQueryBlock; ++i) {
+    softmax.peak[i] = -kInfinity<C>;
+    softmax.total[i] = 0;
+  }
+  for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
+    const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
+    make_scores(call, block, key, keys, query_t, scores);
+    exponentiate(block, keys, scores, softmax);
+    if (call.dropout) {
+      const C* keep = keep_factors<C>(call, block, key, keys);
+      for (int j = 0; j < keys; ++j) {
+        for_lanes<C>(block, [&, at = j * kQueryBlock](int i) {
+          store(scores + at + i, load(scores + at + i) * load(keep + at + i));
+        });
+      }
+    }
+    multiply_add<true>(block.count, width, keys, scores, kQueryBlock,
+                       call.value.at<const C>(block.batch, block.key_head, key), call.value.row, out, width,
+                       Update<C>{.set = key == block.begin, .beta = softmax.rescale});
+  }
+  C* lse = static_cast<C*>(args.lse) + head * call.sq + block.first;
+  for (int row = 0; row < block.count; ++row) {
+    const C total = softmax.total[row];
+    const bool empty = total == 0;
+    lse[row] = empty ? -kInfinity<C> : softmax.peak[row] + std::log(total);
+    T* to = args.out.at<T>(block.batch, block.head, block.first + row);
+    for_vectors<C>(call.dim, [&](int64_t i, int count) {
+      store(to + i, empty ? Vec<C>{} : load(out + row * width + i) * (1 / total), count);
+    });
+  }
+}
+
+// --- backward ---
+
+// A block of queries and of dO: rows padded to `width`, their transposes, and what the lanes need.
+template <class C>
+struct Rows {
+  C *query, *query_t, *dout, *dout_t;
+  alignas(64) C lse[kQueryBlock], delta[kQueryBlock];  // an empty query's lse is infinity, so that exp(s - lse) is 0
+};
+
+// Rows of a block, padded with zeros to `width`, at `to` and transposed at `to_t`.
+template <class T, class C>
+void load_rows(const Heads& from, const Block& block, int64_t dim, int64_t width, C* to, C* to_t) {
+  for (int row = 0; row < block.count; ++row)
+    convert_row(from.at<const T>(block.batch, block.head, block.first + row), dim, to + row * width, width);
+  transpose_rows<C>(block.count, width, to_t,
+                    [&](int row, int64_t column, int) { return load(to + row * width + column); });
+}
+
+template <class T, class C = Compute<T>>
+void load_block(const AttentionBackward& args, const Block& block, int64_t width, Rows<C>& rows) {
+  const Attention& call = args.call;
+  const int64_t size = width * kQueryBlock;
+  C* memory = scratch<C, 0>(6 * size);
+  C *out = memory + 4 * size, *out_t = memory + 5 * size;
+  rows.query = memory;
+  rows.query_t = memory + size;
+  rows.dout = memory + 2 * size;
+  rows.dout_t = memory + 3 * size;
+  load_rows<T>(call.query, block, call.dim, width, rows.query, rows.query_t);
+  load_rows<T>(args.dout, block, call.dim, width, rows.dout, rows.dout_t);
+  load_rows<T>(args.out, block, call.dim, width, out, out_t);
+  // Summed in the order of the products dO V, so that errors cancel where a query sees one key.
+  for_lanes<C>(block, [&](int i) {
+    Vec<C> delta{};
+    for (int64_t d = 0; d < width; ++d)
+      delta += load(rows.dout_t + d * kQueryBlock + i) * load(out_t + d * kQueryBlock + i);
+    store(rows.delta + i, delta);
+  });
+  const int64_t index = (block.batch * call.heads + block.head) * call.sq + block.first;
+  for (int row = 0; row < kQueryBlock; ++row) {
+    const C lse = row < block.count ? static_cast<const C*>(args.lse)[index + row] : -kInfinity<C>;
+    rows.lse[row] = lse > -kInfinity<C> ? lse : kInfinity<C>;
+    if (lse == -kInfinity<C>) {
+      rows.delta[row] = 0;
+    } else if (args.dlse != nullptr) {
+      rows.delta[row] -= static_cast<const C*>(args.dlse)[index + row];
+    }
+  }
+}
+
+// The tile's P (dropout applied) and dS, transposed.
+template <class C>
+void score_gradients(const Attention& call, const Block& block, const Rows<C>& rows, int64_t key, int keys, C* p,
+                     C* ds) {
+  make_scores(call, block, key, keys, rows.query_t, p);
+  multiply_add<false>(keys, vectors<C>(block) * kLanes<C>, call.dim,
+                      call.value.at<const C>(block.batch, block.key_head, key), call.value.row, rows.dout_t,
+                      kQueryBlock, ds, kQueryBlock, Update<C>{.set = true});
+  const C* keep = call.dropout ? keep_factors<C>(call, block, key, keys) : nullptr;
+  for_lanes<C>(block, [&](int lane) {
+    const Vec<C> lse = load(rows.lse + lane), delta = load(rows.delta + lane);
+    for (int j = 0; j < keys; ++j) {
+      const int i = j * kQueryBlock + lane;
+      const Vec<C> weight = exp(load(p + i) - lse);
+      Vec<C> gradient = load(ds + i);
+      if (keep != nullptr) {
+        const Vec<C> factor = load(keep + i);
+        gradient *= factor;
+        store(p + i, weight * factor);
+      } else {
+        store(p + i, weight);
+      }
+      store(ds + i, weight * (gradient - delta));
+    }
+  });
+}
+
+template <class T>
+void backward(const AttentionBackward& args, int64_t task) {
+  using C = Compute<T>;
+  const Attention& call = args.call;
+  const int64_t width = padded<C>(call.dim), blocks = call.blocks(), group = call.heads / call.kv_heads;
+  const int64_t part = task % args.parts, key_head = task / args.parts % call.kv_heads;
+  const int64_t batch = task / args.parts / call.kv_heads;
+  C* dkey = static_cast<C*>(args.partials) + task * 2 * call.sk * width;
+  C* dvalue = dkey + call.sk * width;
+  std::memset(dkey, 0, 2 * call.sk * width * sizeof(C));
+  C* p = scratch<C, 1>(kKeyBlock * kQueryBlock);
+  C* ds = scratch<C, 2>(kKeyBlock * kQueryBlock);
+  C* dquery = scratch<C, 3>(kQueryBlock * width);
+  Rows<C> rows;
+  constexpr Update<C> add{};
+  for (int64_t item = part; item < group * blocks; item += args.parts) {
+    const Block block = make_block(call, batch, key_head * group + item / blocks, item % blocks);
+    load_block<T>(args, block, width, rows);
+    std::memset(dquery, 0, kQueryBlock * width * sizeof(C));
+    for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
+      const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
+      score_gradients(call, block, rows, key, keys, p, ds);
+      multiply_add<false>(keys, width, block.count, p, kQueryBlock, rows.dout, width, dvalue + key * width, width, add);
+      multiply_add<false>(keys, width, block.count, ds, kQueryBlock, rows.query, width, dkey + key * width, width, add);
+      multiply_add<true>(block.count, width, keys, ds, kQueryBlock, call.key.at<const C>(batch, key_head, key),
+                         call.key.row, dquery, width, add);
+    }
+    const C scale = static_cast<C>(call.scale);
+    for (int row = 0; row < block.count; ++row) {
+      T* to = args.dquery.at<T>(batch, block.head, block.first + row);
+      for_vectors<C>(call.dim, [&](int64_t i, int count) {
+        store(to + i, load(dquery + row * width + i) * scale, count);
+      });
+    }
+  }
+}
+
+template <class T>
+void key_gradient(const KeyGradient& args, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  const int64_t width = padded<C>(args.dim);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t row = index % args.sk, head = index / args.sk;
+    const C* part = static_cast<const C*>(args.partials) + head * args.parts * 2 * args.sk * width + row * width;
+    const auto sum_parts = [&](const C* from, C scale, T* to) {
+      for_vectors<C>(args.dim, [&](int64_t i, int count) {
+        Vec<C> total{};
+        for (int64_t k = 0; k < args.parts; ++k) total += load(from + k * 2 * args.sk * width + i);
+        store(to + i, total * scale, count);
+      });
+    };
+    const int64_t batch = head / args.kv_heads, key_head = head % args.kv_heads;
+    sum_parts(part, static_cast<C>(args.scale), args.dkey.at<T>(batch, key_head, row));
+    sum_parts(part + args.sk * width, 1, args.dvalue.at<T>(batch, key_head, row));
+  }
+}
+
+// dS summed over what the mask was broadcast to, for one tile of the mask.
+template <class T>
+void mask_gradient(const MaskGradient& args, int64_t task) {
+  using C = Compute<T>;
+  const Attention& call = args.backward.call;
+  const int64_t width = padded<C>(call.dim);
+  const int64_t column_block = task % args.column_blocks(), row_block = task / args.column_blocks() % args.row_blocks();
+  const int64_t head = task / args.column_blocks() / args.row_blocks();
+  const int64_t mask_batch = head / args.heads, mask_head = head % args.heads;
+  // Keys of this tile of the mask: all where its columns are broadcast.
+  const int64_t column_begin = column_block * kKeyBlock;
+  const int64_t column_end = args.columns == 1 || column_begin + kKeyBlock > call.sk ? call.sk : column_begin + kKeyBlock;
+  C* p = scratch<C, 1>(kKeyBlock * kQueryBlock);
+  C* ds = scratch<C, 2>(kKeyBlock * kQueryBlock);
+  C* sums = scratch<C, 3>(kKeyBlock * kQueryBlock);
+  std::memset(sums, 0, kKeyBlock * kQueryBlock * sizeof(C));
+  Rows<C> rows;
+  const auto each = [](int64_t own, int64_t size, int64_t full, auto&& body) {
+    for (int64_t i = size == 1 ? 0 : own; i < (size == 1 ? full : own + 1); ++i) body(i);
+  };
+  each(mask_batch, args.batches, call.batches, [&](int64_t b) {
+    each(mask_head, args.heads, call.heads, [&](int64_t h) {
+      each(row_block, args.rows, call.blocks(), [&](int64_t index) {
+        const Block block = make_block(call, b, h, index);
+        const int64_t begin = block.begin > column_begin ? block.begin : column_begin;
+        const int64_t end = block.end < column_end ? block.end : column_end;
+        if (begin < end) load_block<T>(args.backward, block, width, rows);
+        for (int64_t key = begin; key < end; key += kKeyBlock) {
+          // Where the columns are not broadcast, a key's row of `sums` is its place in the tile.
+          const int keys = end - key < kKeyBlock ? static_cast<int>(end - key) : kKeyBlock;
+          score_gradients(call, block, rows, key, keys, p, ds);
+          C* to = sums + (args.columns == 1 ? 0 : key - column_begin) * kQueryBlock;
+          for (int j = 0; j < keys; ++j) {
+            for_lanes<C>(block, [&, at = j * kQueryBlock](int i) {
+              store(to + at + i, load(to + at + i) + load(ds + at + i));
+            });
+          }
+        }
+      });
+    });
+  });
+  const int64_t row_begin = row_block * kQueryBlock;
+  const int rows_here = args.rows - row_begin < kQueryBlock ? static_cast<int>(args.rows - row_begin) : kQueryBlock;
+  const int columns_here = args.columns == 1 ? 1 : static_cast<int>(column_end - column_begin);
+  if (args.columns == 1) {
+    for (int j = 1; j < kKeyBlock; ++j)
+      for (int i = 0; i < kQueryBlock; ++i) sums[i] += sums[j * kQueryBlock + i];
+  }
+  if (args.rows == 1) {
+    for (int j = 0; j < columns_here; ++j)
+      for (int i = 1; i < kQueryBlock; ++i) sums[j * kQueryBlock] += sums[j * kQueryBlock + i];
+  }
+  visit_mask_type<C>(args.dmask.dtype, [&](auto type) {
+    using M = decltype(type);
+    M* to = args.dmask.as<M>() + (head * args.rows + row_begin) * args.columns + column_begin;
+    for (int row = 0; row < rows_here; ++row) {
+      for (int column = 0; column < columns_here; ++column) {
+        const C total = sums[column * kQueryBlock + row];
+        M* element = to + row * args.columns + column;
+        if constexpr (std::is_same_v<Compute<M>, C>) {
+          store(element, splat(total), 1);
+        } else {
+          *element = static_cast<M>(total);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void pack(const PackRows& args, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  const int64_t width = padded<C>(args.dim);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t row = index % args.rows, head = index / args.rows;
+    convert_row(args.from.at<const T>(head / args.heads, head % args.heads, row), args.dim,
+                static_cast<C*>(args.to) + index * width, width);
+  }
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionForward& args, int64_t begin, int64_t end) {
+  visit_dtype(args.call.query.data.dtype, [&](auto type) {
+    for (int64_t task = begin; task < end; ++task) forward<decltype(type)>(args, task);
+  });
+}
+
+void attention_bwd(const AttentionBackward& args, int64_t begin, int64_t end) {
+  visit_dtype(args.call.query.data.dtype, [&](auto type) {
+    for (int64_t task = begin; task < end; ++task) backward<decltype(type)>(args, task);
+  });
+}
+
+void attention_key_gradient(const KeyGradient& args, int64_t begin, int64_t end) {
+  visit_dtype(args.dkey.data.dtype, [&](auto type) { key_gradient<decltype(type)>(args, begin, end); });
+}
+
+void attention_mask_gradient(const MaskGradient& args, int64_t begin, int64_t end) {
+  visit_dtype(args.backward.call.query.data.dtype, [&](auto type) {
+    for (int64_t task = begin; task < end; ++task) mask_gradient<decltype(type)>(args, task);
+  });
+}
+
+void attention_pack(const PackRows& args, int64_t begin, int64_t end) {
+  visit_dtype(args.from.data.dtype, [&](auto type) { pack<decltype(type)>(args, begin, end); });
+}
+
+}  // namespace pyllm::PYLLM_ISA

@@ -1,0 +1,103 @@
+// Matrix products of tiles that lie in cache, register-blocked on the vectors of vec.h. Include it only from
+// *_kernel.cpp. Each step of the depth loads `vectors` vectors of B and multiplies them by `rows` broadcast elements of
+// A: 6 x 4 accumulators of AVX-512's 32 registers, 6 x 2 of the 16 that the others have.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace pyllm::PYLLM_ISA {
+
+inline constexpr int kTileRows = 6;
+inline constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
+
+// What becomes of C: set to alpha A B, or beta[row] * C + A B, beta being 1 if it is null.
+template <class C>
+struct Update {
+  bool set = false;
+  const C* beta = nullptr;
+  C alpha = 1;
+};
+
+// C (rows, vectors) from A (rows, depth), or its transpose in memory, and B (depth, vectors).
+template <bool transposed, int rows, int vectors, class C>
+void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const C* b, int64_t b_stride, C* c, int64_t c_stride,
+                   Update<C> update) {
+  constexpr int lanes = kLanes<C>;
+  Vec<C> total[rows][vectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<C> column[vectors];
+    for (int v = 0; v < vectors; ++v) column[v] = load(b + k * b_stride + v * lanes);
+    for (int r = 0; r < rows; ++r) {
+      const C factor = transposed ? a[k * a_stride + r] : a[r * a_stride + k];
+      for (int v = 0; v < vectors; ++v) total[r][v] += column[v] * factor;
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      C* out = c + r * c_stride + v * lanes;
+      if (update.set) {
+        store(out, total[r][v] * update.alpha);
+      } else {
+        store(out, update.beta == nullptr ? load(out) + total[r][v] : load(out) * update.beta[r] + total[r][v]);
+      }
+    }
+  }
+}
+
+// The same with `count` rows, 0 to `rows`.
+template <bool transposed, int vectors, int rows = kTileRows, class C>
+void multiply_rows(int count, int64_t depth, const C* a, int64_t a_stride, const C* b, int64_t b_stride, C* c,
+                   int64_t c_stride, Update<C> update) {
+  if constexpr (rows > 0) {
+    if (count == rows) {
+      multiply_tile<transposed, rows, vectors>(depth, a, a_stride, b, b_stride, c, c_stride, update);
+    } else {
+      multiply_rows<transposed, vectors, rows - 1>(count, depth, a, a_stride, b, b_stride, c, c_stride, update);
+    }
+  }
+}
+
+// C (rows, columns) from A (rows, depth), or its transpose in memory, and B (depth, columns); strides are those of the
+// rows in memory; columns is a multiple of the lanes.
+template <bool transposed, class C>
+void multiply_add(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_stride, const C* b,
+                  int64_t b_stride, C* c, int64_t c_stride, Update<C> update) {
+  constexpr int lanes = kLanes<C>;
+  const auto panel = [&]<int vectors>(int64_t column) {
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int count = rows - row < kTileRows ? static_cast<int>(rows - row) : kTileRows;
+      multiply_rows<transposed, vectors>(count, depth, a + row * (transposed ? 1 : a_stride), a_stride, b + column,
+                                         b_stride, c + row * c_stride + column, c_stride,
+                                         {update.set, update.beta == nullptr ? nullptr : update.beta + row, update.alpha});
+    }
+  };
+  int64_t column = 0;
+  for (; column + kTileVectors * lanes <= columns; column += kTileVectors * lanes)
+    panel.template operator()<kTileVectors>(column);
+  if constexpr (kTileVectors > 2) {
+    for (; column + 2 * lanes <= columns; column += 2 * lanes) panel.template operator()<2>(column);
+  }
+  for (; column < columns; column += lanes) panel.template operator()<1>(column);
+}
+
+// --- transposition of as many vectors as each has lanes ---
+
+// Exchanges the off-diagonal blocks of `step` lanes in each square of 2 * step.
+template <int step, class C, int... lane>
+[[gnu::always_inline]] inline void exchange(Vec<C> (&rows)[kLanes<C>], std::integer_sequence<int, lane...> lanes) {
+  constexpr int count = sizeof...(lane);
+  for (int r = 0; r < count; ++r) {
+    if (r & step) continue;
+    const Vec<C> a = rows[r], b = rows[r + step];
+    rows[r] = __builtin_shufflevector(a, b, (lane & step ? count + lane - step : lane)...);
+    rows[r + step] = __builtin_shufflevector(a, b, (lane & step ? count + lane : lane + step)...);
+  }
+  if constexpr (2 * step < count) exchange<2 * step, C>(rows, lanes);
+}
+
+template <class C>
+[[gnu::always_inline]] inline void transpose(Vec<C> (&rows)[kLanes<C>]) {
+  exchange<1, C>(rows, std::make_integer_sequence<int, kLanes<C>>());
+}
+
+}  // namespace pyllm::PYLLM_ISA
