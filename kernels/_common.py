@@ -6,12 +6,22 @@ from functools import lru_cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import mangle_type
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 _captured: list[tuple] | None = None
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x.to(dtype), to nearest even in the interpreter too, which truncates to bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 def row_tile(n: int, limit: int, per_thread: int) -> dict:
@@ -19,12 +29,14 @@ def row_tile(n: int, limit: int, per_thread: int) -> dict:
 
     BLOCK_N is a multiple of 32, as dropout's mask wants. per_thread: elements of a long row that a thread holds.
     """
-    block_n = max(32, min(triton.next_power_of_2(n), limit))
-    tile = max(block_n, 1 << 15 if INTERPRETED else 2048)  # the interpreter's time goes by calls, not elements
+    looped = n > limit
+    block_n = limit // 2 if looped else max(32, triton.next_power_of_2(n))
+    least = 1 << 15 if INTERPRETED else 2048  # the interpreter's time goes by calls, not elements
+    tile = block_n if looped else max(block_n, least)
     return {
         "BLOCK_M": tile // block_n,
         "BLOCK_N": block_n,
-        "LOOPED": n > block_n,
+        "LOOPED": looped,
         "num_warps": min(max(tile // (32 * per_thread), 4), 16),
     }
 
@@ -40,7 +52,7 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> 
     if _captured is not None:
         _captured.append((kernel, arguments))
     else:
-        with torch.cuda.device(device if device.type == "cuda" else None):
+        with torch.cuda.device(-1 if device.type == "cpu" else device):
             kernel[grid](**arguments)
 
 

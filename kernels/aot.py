@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MODULES = ("attention", "norm", "softmax")
+MODULES = ("norm", "softmax")
 
 # Name: (backend, architecture, lanes in a warp, bytes of shared memory that one block may have).
 TARGETS = {

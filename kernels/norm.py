@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyllm.kernels._common import INTERPRETED, captured, launch, processors, row_tile
+from pyllm.kernels._common import INTERPRETED, captured, launch, processors, rounded, row_tile
 from pyllm.kernels.philox import keep_mask
 from pyllm.reference import dropout_threshold
 
 FORWARD_LIMIT = 16384
-BACKWARD_LIMIT = 8192  # it holds five rows in registers, not two
+BACKWARD_LIMIT = 8192  # it holds five rows in registers, not two; fewer elements of 32 and 64 bits
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _stream(
         z = _dropped(z, p_rng, threshold, o_rows, first, BLOCK_N)
     if p_residual is not None:
         z += tl.load(p_residual + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
-        z = z.to(p_residual.dtype.element_ty).to(COMPUTE)
+        z = rounded(z, p_residual.dtype.element_ty).to(COMPUTE)
     return z
 
 
@@ -111,7 +111,7 @@ def norm_fwd_kernel(
             z = _stream(p_x, p_residual, p_rng, threshold, o_rows, first, o_tile, m_tile, COMPUTE, BLOCK_N)
         mean, m2 = _merge(mean, m2, z, m_tile, first, N, BLOCK_N, RMS)
         if p_z is not None:
-            tl.store(p_z + o_tile, z, mask=m_tile)
+            tl.store(p_z + o_tile, rounded(z, p_z.dtype.element_ty), mask=m_tile)
     rstd = tl.rsqrt(m2 / N + tl.full([], eps, COMPUTE))
     if not RMS:
         tl.store(p_mean + o_rows, mean, mask=m_rows)
@@ -127,7 +127,7 @@ def norm_fwd_kernel(
             y *= tl.load(p_weight + first + o_cols, mask=m_cols, other=0.0).to(COMPUTE)
         if p_bias is not None:
             y += tl.load(p_bias + first + o_cols, mask=m_cols, other=0.0).to(COMPUTE)
-        tl.store(p_y + o_tile, y, mask=m_tile)
+        tl.store(p_y + o_tile, rounded(y, p_y.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -206,11 +206,11 @@ def norm_bwd_kernel(
             dstream = rstd * (_scaled(dy, p_weight, first, N, BLOCK_N) - mean_g - xhat * mean_gx)
             if p_dz is not None:
                 dstream += tl.load(p_dz + start * N + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
-            tl.store(p_dresidual + start * N + o_tile, dstream, mask=m_tile)
+            tl.store(p_dresidual + start * N + o_tile, rounded(dstream, p_dresidual.dtype.element_ty), mask=m_tile)
             if p_dx is not None:
                 if p_rng is not None:
                     dstream = _dropped(dstream, p_rng, threshold, o_rows, first, BLOCK_N)
-                tl.store(p_dx + start * N + o_tile, dstream, mask=m_tile)
+                tl.store(p_dx + start * N + o_tile, rounded(dstream, p_dx.dtype.element_ty), mask=m_tile)
 
     if (p_dweight is not None) or (p_dbias is not None):
         for first in range(0, end, BLOCK_N):
@@ -223,9 +223,17 @@ def norm_bwd_kernel(
                     dbias += dy
             m_cols = first + o_cols < N
             if p_dweight is not None:
-                tl.store(p_dweight + program * N + first + o_cols, tl.sum(dweight, 0), mask=m_cols)
+                tl.store(
+                    p_dweight + program * N + first + o_cols,
+                    tl.sum(dweight, 0),
+                    mask=m_cols,
+                )
             if p_dbias is not None:
-                tl.store(p_dbias + program * N + first + o_cols, tl.sum(dbias, 0), mask=m_cols)
+                tl.store(
+                    p_dbias + program * N + first + o_cols,
+                    tl.sum(dbias, 0),
+                    mask=m_cols,
+                )
 
 
 @triton.jit
@@ -236,7 +244,7 @@ def _column_sum(p_partials, p_sum, count, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     for first in range(0, count, BLOCK_M):
         o_rows = first + tl.arange(0, BLOCK_M)[:, None]
         total += tl.load(p_partials + o_rows * N + o_cols[None, :], mask=(o_rows < count) & m_cols[None, :], other=0.0)
-    tl.store(p_sum + o_cols, tl.sum(total, 0), mask=m_cols)
+    tl.store(p_sum + o_cols, rounded(tl.sum(total, 0), p_sum.dtype.element_ty), mask=m_cols)
 
 
 @triton.jit
@@ -299,7 +307,7 @@ def _backward(dy, dz, z, weight, bias, mean, rstd, rng, dropout_p, x_dtype):
     dweight, dbias = (None if p is None else torch.zeros_like(p) for p in (weight, bias))
     if z.numel():
         rows, n = rstd.shape[0], z.shape[-1]
-        tile = row_tile(n, BACKWARD_LIMIT, per_thread=16)
+        tile = row_tile(n, BACKWARD_LIMIT // max(1, z.element_size() // 2), per_thread=16)
         per_processor = min(16, max(1, 8192 // triton.next_power_of_2(n)))
         programs = min(triton.cdiv(rows, tile["BLOCK_M"]), per_processor * processors(z.device))
         partials = [None if p is None else rstd.new_empty(programs, n) for p in (weight, bias)]

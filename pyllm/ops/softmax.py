@@ -97,7 +97,7 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
                 return bwd(dy, y, ctx.scale), None, None, None
             shape, dtype = ctx.mask_like
             dscores = bwd(dy, y, 1.0)
-            return dscores * ctx.scale, dscores.sum_to_size(shape).to(dtype), None, None
+            return dscores * ctx.scale, dscores.to(dtype).sum_to_size(shape), None, None
 
     def run(x, attn_mask, scale, is_causal):
         if needs_grad(x, attn_mask):
@@ -110,9 +110,12 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
 def _on_torch(function) -> Implementation:
     def run(x, attn_mask, scale, is_causal):
         x = x if scale == 1.0 else x * scale
-        if is_causal:
-            x = x.masked_fill(~reference.band(*x.shape[-2:], -1, 0, False, x.device), -torch.inf)
-        return function(x, -1)
+        if not is_causal:
+            return function(x, -1)
+        removed = ~reference.band(*x.shape[-2:], -1, 0, False, x.device)
+        y = function(x.masked_fill(removed, -torch.inf), -1)
+        # Filled once more, so that a gradient that comes in there stays out of log_softmax's sum.
+        return y.masked_fill(removed, 0.0 if function is torch.softmax else -torch.inf)
 
     def unfit(x, attn_mask, scale, is_causal):
         return None if attn_mask is None else "a mask may leave a row empty, where torch gives NaN"
