@@ -10,41 +10,45 @@ from rich.table import Table
 
 from pyllm.benchmarks.measure import Result, rate
 
-COLUMNS = ("case", "pass", "backend", "pyllm", "vs eager", "A/A", "vs compile", "rate", "of limit")
+
+def _peers(results: Sequence[Result]) -> list[str]:
+    """Every implementation that pyllm's is compared with, besides eager."""
+    return list(dict.fromkeys(p for r in results for p in r.ratio if p not in ("eager", "pyllm")))
 
 
-def table(results: Sequence[Result], title: str = "") -> Table:
-    """The results for a terminal. Ratios are a peer's time over pyllm's: above 1, pyllm is faster."""
-    made = Table(title=title or None, title_justify="left")
-    for column in COLUMNS:
-        first = column == COLUMNS[0]
-        justify = "left" if column in COLUMNS[:3] else "right"
-        made.add_column(column, justify=justify, no_wrap=not first, min_width=20 if first else None)
-    for result in results:
-        made.add_row(*map(escape, cells(result)), style="red" if result.problem else None)
-    return made
+def columns(peers: Sequence[str]) -> tuple[str, ...]:
+    return ("case", "pass", "backend", "pyllm", "vs eager", "A/A", *(f"vs {p}" for p in peers), "rate", "of limit")
 
 
-def cells(result: Result) -> tuple[str, ...]:
-    """One text for each of COLUMNS; a red case has its problem in place of numbers."""
-    case = result.case
+def cells(result: Result, peers: Sequence[str]) -> tuple[str, ...]:
+    """One text for each column; a red case has its problem in place of numbers."""
+    case, ratio = result.case, result.ratio
     pages = "fresh pages" if result.fresh_pages else ""
-    name = " ".join(
-        p for p in (case.benchmark.name, "x".join(map(str, case.shape)), case.dtype, case.variant, pages) if p
-    )
+    parts = (case.benchmark.name, "x".join(map(str, case.shape)), case.dtype, case.variant, pages)
+    name = " ".join(part for part in parts if part)
     if result.problem:
-        return (name, case.direction, result.backend, f"RED: {result.problem}", *("",) * 5)
+        return (name, case.direction, result.backend, f"RED: {result.problem}", *("",) * (len(peers) + 4))
     return (
         name,
         case.direction,
         result.backend,
         duration(result.seconds["pyllm"]),
-        f"{result.ratio['pyllm']:.2f} x",
+        f"{ratio['pyllm']:.2f} x",
         f"± {100 * result.spread:.0f} %",
-        f"{result.ratio['pyllm'] / result.ratio['compile']:.2f} x" if "compile" in result.ratio else "",
-        "" if result.rate is None else rate(result.case, result.rate),
-        "" if result.share is None else f"{100 * result.share:.0f} %",
+        *(f"{ratio['pyllm'] / ratio[peer]:.2f} x" if peer in ratio else "" for peer in peers),
+        rate(case, result.rate) if result.rate else "",
+        f"{100 * result.share:.0f} %" if result.share else "",
     )
+
+
+def table(results: Sequence[Result]) -> Table:
+    """The results for a terminal. Ratios are a peer's time over pyllm's: above 1, pyllm is faster."""
+    made, peers = Table(), _peers(results)
+    for index, column in enumerate(columns(peers)):
+        made.add_column(column, justify="left" if index < 3 else "right", min_width=None if index else 20)
+    for result in results:
+        made.add_row(*map(escape, cells(result, peers)), style="red" if result.problem else None)
+    return made
 
 
 def duration(seconds: float) -> str:
@@ -72,7 +76,9 @@ def overhead_table(results: Sequence[Result]) -> Table:
 def write_markdown(path: Path, results: Sequence[Result], machine: dict) -> None:
     """The table with the machine above it, for docs/measured.md."""
     lines = [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
-    lines += [_line(COLUMNS), _line("---" for _ in COLUMNS), *(_line(cells(r)) for r in results)]
+    peers = _peers(results)
+    head = columns(peers)
+    lines += [_line(head), _line("---" for _ in head), *(_line(cells(r, peers)) for r in results)]
     _write(path, "\n".join(lines) + "\n")
 
 

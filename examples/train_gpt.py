@@ -391,11 +391,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: under torch.autocast")
     parser.add_argument("--backend", choices=BACKENDS, help="pyllm's; default: what it chooses")
-    sizes = {"steps": 300, "batch": 16, "length": 128, "width": 192, "layers": 4, "heads": 3}
+    sizes = {"steps": 400, "batch": 16, "length": 128, "width": 128, "layers": 4, "heads": 2}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=positive, default=default, help="default: %(default)s")
     parser.add_argument("--sample", type=positive, default=400, metavar="BYTES", help="text to write at the end")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--dropout",

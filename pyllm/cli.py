@@ -36,7 +36,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "the peer's time over pyllm's, with the spread of eager against itself (A/A) beside them."
     )
     parser.add_argument("op", help="an operator or a layer; `all` is every one, `list` lists them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16", "fp64"), help="default: fp32")
     parser.add_argument("--shape", action="append", type=_shape, metavar="AxBx...", help="default: the operator's own")
     parser.add_argument("--variant", action="append", help="such as `causal`; default: the operator's own")
@@ -105,6 +105,8 @@ def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
 
     if arguments.op != "all" and arguments.op not in BENCHMARKS:
         parser.error(f"unknown operator {arguments.op!r}: expected all, list, {', '.join(BENCHMARKS)}")
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no CUDA device")
     cases, tiny = [], []
