@@ -80,10 +80,10 @@ void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
                       terms[0] += first<C>(e, count);
                     }).value[0];
     if (args.log) {
-      const C lse = shift + std::log(total);
+      const C log_total = std::log(total);  // apart from shift, beside which it would lose its digits
       for_vectors<C>(n, [&](int64_t i, int count) {
         const Vec<C> s = load(source + i, count);
-        store(y + i, s == -inf ? s : s - lse, count);
+        store(y + i, s == -inf ? s : s - shift - log_total, count);
       });
     } else {
       const C norm = total == 0 ? 0 : 1 / total;
