@@ -21,6 +21,7 @@ PREFERENCE = {
     "cpu": ("native", "torch", "reference"),
     "cuda": ("native", "triton", "torch", "reference"),
 }
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class Operator:
     name: str
     implementations: dict[str, Implementation]
     measured: dict[tuple[str, torch.dtype], tuple[str, str]] = field(default_factory=dict)
-    ranked: dict[tuple[str, torch.dtype], list[tuple[str, str]]] = field(default_factory=dict)  # made on first use
+
+    def __post_init__(self):
+        # Made here, not on first use: compiled graphs are guarded on what is in it.
+        self.ranked = {(device, dtype): _rank(self, device, dtype) for device in PREFERENCE for dtype in _DTYPES}
 
 
 _override: str | None = None
@@ -130,15 +134,14 @@ def select(op: Operator, tensor: Tensor, *args) -> Callable:
 
 def _candidates(op: Operator, device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
     """(backend, reason) in the order in which they are tried."""
-    ranked = op.ranked.get((device, dtype))
-    if ranked is None:
-        reason = "preferred on cpu" if device == "cpu" else "preferred, not measured on this device"
-        ranked = [(name, reason) for name in PREFERENCE.get(device, ("torch", "reference"))]
-        fastest = op.measured.get((device, dtype))
-        if fastest is not None:
-            ranked = [fastest, *(r for r in ranked if r[0] != fastest[0])]
-        op.ranked[device, dtype] = ranked
-    return ranked
+    return op.ranked.get((device, dtype)) or _rank(op, device, dtype)
+
+
+def _rank(op: Operator, device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
+    reason = "preferred on cpu" if device == "cpu" else "preferred, not measured on this device"
+    ranked = [(name, reason) for name in PREFERENCE.get(device, ("torch", "reference"))]
+    fastest = op.measured.get((device, dtype))
+    return ranked if fastest is None else [fastest, *(r for r in ranked if r[0] != fastest[0])]
 
 
 def _record(op: Operator, name: str, reason: str, tensor: Tensor, fused: bool) -> None:

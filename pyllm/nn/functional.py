@@ -152,11 +152,11 @@ def _four_dimensions(query, key, value, attn_mask, enable_gqa):
         heads = [torch.broadcast_shapes(*((n,) for n in heads))[0]] * 3
     batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
     tensors = [
-        t.expand(*batch, n, *t.shape[-2:]).reshape(batch.numel(), n, *t.shape[-2:])
+        t.expand(*batch, n, *t.shape[-2:]).reshape(math.prod(batch), n, *t.shape[-2:])
         for t, n in zip(tensors, heads, strict=True)
     ]
     if attn_mask is not None and attn_mask.dim() > 3:
         tail = attn_mask.shape[-3:]
-        attn_mask = attn_mask.expand(*batch, *tail).reshape(batch.numel(), *tail)
+        attn_mask = attn_mask.expand(*batch, *tail).reshape(math.prod(batch), *tail)
     flat = query.dim() == key.dim() == value.dim() == 2
     return () if flat else (*batch, heads[0]), *tensors, attn_mask

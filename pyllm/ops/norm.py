@@ -1,5 +1,7 @@
 """layer_norm, rms_norm, and the same with dropout and residual addition fused in front."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._autocast import full_precision
-from pyllm.ops._registration import draw_rng, kernel, needs_grad, on_kernels
+from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -108,7 +110,7 @@ def _check_add(op, x, residual, weight, bias, dropout_p) -> None:
 def _statistic(x: Tensor) -> Tensor:
     """(M,) for the M rows of x."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape[:-1].numel(), dtype=dtype)
+    return x.new_empty(math.prod(x.shape[:-1]), dtype=dtype)  # Size.numel() would fix dynamic shapes
 
 
 def _gradient(x: Tensor, parameter: Tensor | None) -> Tensor:
@@ -217,7 +219,7 @@ def _layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
 
     def run(x, weight, bias, eps):
         if needs_grad(x, weight, bias):
-            return LayerNorm.apply(x, weight, bias, eps)
+            return apply(LayerNorm, x, weight, bias, eps)
         return fwd(x, weight, bias, eps)[0]
 
     return Implementation(run)
@@ -240,7 +242,7 @@ def _rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
 
     def run(x, weight, eps):
         if needs_grad(x, weight):
-            return RMSNorm.apply(x, weight, eps)
+            return apply(RMSNorm, x, weight, eps)
         return fwd(x, weight, eps)[0]
 
     return Implementation(run)
@@ -267,7 +269,7 @@ def _add_layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
 
     def run(x, residual, weight, bias, rng, dropout_p, eps):
         if needs_grad(x, residual, weight, bias):
-            return AddLayerNorm.apply(x, residual, weight, bias, rng, dropout_p, eps)
+            return apply(AddLayerNorm, x, residual, weight, bias, rng, dropout_p, eps)
         return fwd(x, residual, weight, bias, rng, dropout_p, eps)[:2]
 
     return Implementation(run)
@@ -294,7 +296,7 @@ def _add_rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
 
     def run(x, residual, weight, rng, dropout_p, eps):
         if needs_grad(x, residual, weight):
-            return AddRMSNorm.apply(x, residual, weight, rng, dropout_p, eps)
+            return apply(AddRMSNorm, x, residual, weight, rng, dropout_p, eps)
         return fwd(x, residual, weight, rng, dropout_p, eps)[:2]
 
     return Implementation(run)
