@@ -8,6 +8,20 @@ from torch import Tensor
 import pyllm
 from pyllm.testing import assert_within_budget
 
+E, H = 24, 3
+SMALL = {"d_model": E, "nhead": H, "num_encoder_layers": 2, "num_decoder_layers": 2, "dim_feedforward": 40}
+
+# name -> constructor arguments, for checks of all modules alike
+MODULES = {
+    "LayerNorm": ((E,), {}),
+    "RMSNorm": ((E,), {}),
+    "Softmax": ((-1,), {}),
+    "MultiheadAttention": ((E, H), {"batch_first": True, "add_bias_kv": True}),
+    "TransformerEncoderLayer": ((E, H, 40), {"norm_first": True}),
+    "TransformerDecoderLayer": ((E, H, 40), {"activation": "gelu"}),
+    "Transformer": ((), SMALL),
+}
+
 
 def pair(name: str, *args, **kwargs) -> tuple[torch.nn.Module, torch.nn.Module]:
     """(pyllm's, torch's) module with the same parameters, none at its initial value, moved by strict loading."""
