@@ -346,12 +346,11 @@ def _backward(dy, dz, z, weight, bias, mean, rstd, rng, dropout_p, x_dtype):
                 BLOCK_M=128,
                 BLOCK_N=block_n,
             )
-    none = z.new_empty(0)
     return (
         z.new_empty(0, dtype=x_dtype) if dx is None else dx,
         dresidual,
-        none if dweight is None else dweight,
-        none if dbias is None else dbias,
+        z.new_empty(0) if dweight is None else dweight,
+        z.new_empty(0) if dbias is None else dbias,
     )
 
 

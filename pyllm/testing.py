@@ -84,8 +84,8 @@ def error_ratio(actual: Tensor, truth: Tensor, plain: Tensor) -> float:
 def _truth_and_plain(function: Callable, inputs: Inputs, seed: int) -> tuple[list, list]:
     """Outputs and gradients in fp64 and in the inputs' dtype.
 
-    Nothing is truer than fp64, so for fp64 inputs the error of plain PyTorch is its error in fp32, scaled by the ratio of
-    the units in the last place, and half as much again for the error of truth itself.
+    Nothing is truer than fp64, so for fp64 inputs the error of plain PyTorch is its error in fp32, scaled by the ratio
+    of the units in the last place, and half as much again for the error of truth itself.
     """
     if not any(t is not None and t.dtype == torch.float64 for t in inputs.values()):
         truth = evaluate(function, _cast(inputs, torch.float64), "reference", seed)

@@ -60,6 +60,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def apply(function: type[torch.autograd.Function], *args):
+    """function.apply(*args). Dynamo takes no tensor twice: while it traces, a repeated one becomes a view of itself."""
+    if torch.compiler.is_compiling():
+        args = [
+            a.view_as(a) if isinstance(a, Tensor) and any(a is b for b in args[:i]) else a for i, a in enumerate(args)
+        ]
+    return function.apply(*args)
+
+
 def draw_rng(tensor: Tensor, dropout_p: float) -> Tensor | None:
     """Dropout's (seed, offset) from PyTorch's generator of the tensor's device, without a synchronisation."""
     if dropout_p == 0.0:

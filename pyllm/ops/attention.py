@@ -13,7 +13,7 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._autocast import lower_precision
-from pyllm.ops._registration import draw_rng, kernel, needs_grad, on_kernels
+from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
 
 
 def attention(
@@ -199,7 +199,7 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
     def run(query, key, value, attn_mask, key_padding_mask, rng, *options):
         *options, _return_lse = options
         if needs_grad(query, key, value, attn_mask):
-            return Attention.apply(query, key, value, attn_mask, key_padding_mask, rng, *options)
+            return apply(Attention, query, key, value, attn_mask, key_padding_mask, rng, *options)
         return fwd(query, key, value, attn_mask, key_padding_mask, rng, *options)
 
     return Implementation(run)

@@ -9,7 +9,7 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._autocast import full_precision
-from pyllm.ops._registration import kernel, needs_grad, on_kernels
+from pyllm.ops._registration import apply, kernel, needs_grad, on_kernels
 
 
 def softmax(
@@ -101,7 +101,7 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
 
     def run(x, attn_mask, scale, is_causal):
         if needs_grad(x, attn_mask):
-            return Softmax.apply(x, attn_mask, scale, is_causal)
+            return apply(Softmax, x, attn_mask, scale, is_causal)
         return fwd(x, attn_mask, scale, is_causal)
 
     return Implementation(run)
