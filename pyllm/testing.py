@@ -15,6 +15,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Inputs = dict[str, Tensor | None]
 
+observed: list[float] = []  # every error ratio that was asserted on; the ledger reports the worst
+
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", grad: bool = True) -> Tensor:
     """Normal random numbers, made in fp64 on the CPU so that all dtypes and devices see the same ones, rounded."""
@@ -58,6 +60,7 @@ def assert_within_budget(name: str, actual: Tensor, truth: Tensor, plain: Tensor
     """Asserts that actual is as near to truth (fp64) as the budget allows; plain is PyTorch's in actual's dtype."""
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     ratio = error_ratio(actual, truth, plain)
+    observed.append(ratio)
     assert ratio <= 1.0, f"{name}: {ratio:.3g} times the error budget"
 
 

@@ -1,6 +1,7 @@
 """Backends and devices under test. Without a GPU, Triton's kernels run in its interpreter."""
 
 import os
+import pathlib
 
 # All of this has to be in the environment before torch, triton or pyllm are imported.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import pyllm
+import pyllm.testing
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 TARGETS = [
@@ -34,3 +36,30 @@ def nan_filled_outputs():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--ledger", metavar="FILE", help="write each file's worst error ratio by target (not with -n)")
+
+
+def pytest_configure(config):
+    config.worst_ratio = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    pyllm.testing.observed.clear()
+    result = yield
+    target = getattr(item, "callspec", None) and item.callspec.params.get("target")
+    if target and pyllm.testing.observed:
+        key = f"{item.path.stem} {target[0]} {target[1]}"
+        worst = item.config.worst_ratio
+        worst[key] = max(worst.get(key, 0.0), *pyllm.testing.observed)
+    return result
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--ledger")
+    if path:
+        lines = [f"{key} {ratio:.2f}" for key, ratio in sorted(session.config.worst_ratio.items())]
+        pathlib.Path(path).write_text("\n".join(lines) + "\n")
