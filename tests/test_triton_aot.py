@@ -1,0 +1,88 @@
+"""The ahead-of-time gate of the Triton kernels, and the interpreter's copy of dropout's mask."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from pyllm import reference
+from pyllm.kernels import aot
+from pyllm.kernels.philox import keep_mask
+
+# One variant of each kernel, compiled as kernels/aot.py does; a process of its own, since kernels are interpreted here.
+COMPILE_SOME = """
+import importlib
+from pyllm.kernels import aot
+
+seen = set()
+for module in aot.MODULES:
+    for variant, kernel, *rest in importlib.import_module(f"pyllm.kernels.{module}").aot_variants("sm_90"):
+        if kernel.__name__ not in seen:
+            seen.add(kernel.__name__)
+            row = aot.compile_variant("sm_90", variant, kernel, *rest)
+            print(row.kernel, row.registers, aot.verdict(row))
+row = aot.compile_variant("sm_90", variant, kernel, *rest[:2], {"num_warps": 3})
+print("broken", row.registers, aot.verdict(row))
+"""
+
+
+def test_kernels_compile_without_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE_SOME], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert "does not compile" in rows.pop("broken")
+    assert {"norm_fwd_kernel", "norm_bwd_kernel", "softmax_fwd_kernel", "softmax_bwd_kernel"} <= rows.keys()
+    for name, row in rows.items():
+        registers, why = row.split(" ", 1)
+        assert int(registers) > 0 and why == "None", f"{name}: {why}"
+
+
+def test_gate_refuses():
+    row = aot.Row("kernel", "variant", "sm_120", shared=101_376, registers=255)
+    assert aot.verdict(row) is None
+    assert "101,377 B of shared memory, sm_120 has 101,376" in aot.verdict(replace(row, shared=101_377))
+    assert aot.verdict(replace(row, target="sm_90", shared=101_377)) is None
+    assert "spills 8 B" in aot.verdict(replace(row, spills=8))
+    assert "does not compile: boom" in aot.verdict(replace(row, error="boom"))
+
+
+@pytest.mark.parametrize("bad", [{"spills": 4}, {}], ids=["refused", "accepted"])
+def test_exit_status_and_table(bad, monkeypatch, tmp_path, capsys):
+    row = aot.Row("some_kernel", "bf16 | N=8", "sm_90", shared=1234, registers=40, **bad)
+    monkeypatch.setattr(aot, "compile_all", lambda targets: iter([row]))
+    assert aot.main(["--targets", "sm_90", "--out", str(tmp_path / "docs" / "table.md")]) == len(bad)
+    table = (tmp_path / "docs" / "table.md").read_text()
+    cell = "spills 4 B of registers per thread" if bad else "ok"
+    assert f"| some_kernel | bf16 / N=8 | sm_90 | 1,234 | 40 | {4 if bad else 0} | {cell} |" in table
+    assert (cell in capsys.readouterr().err) == bool(bad)
+
+
+def test_resources_of_amd_code():
+    asm = ".agpr_count: 4\n.vgpr_count:     58\n.vgpr_spill_count: 3\n"
+    assert aot._resources({"amdgcn": asm}) == (58, 12)
+
+
+@triton.jit
+def keep_kernel(p_rng, p_keep, head, row, first_col, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    o_rows = row + tl.arange(0, BLOCK_M)
+    keep = keep_mask(tl.load(p_rng), tl.load(p_rng + 1), head, o_rows, first_col, threshold, BLOCK_N)
+    tl.store(p_keep + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], keep.to(tl.int8))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("block", [(16, 32), (1, 64), (32, 256)], ids=str)
+def test_keep_mask_is_the_reference(block, p):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rng = torch.tensor([-(2**62) - 12345, 2**40 + 2**32 - 1], device=device)
+    head, row, first_col = 3, 17, 64
+    keep = torch.full(block, 7, dtype=torch.int8, device=device)
+    threshold = reference.dropout_threshold(p)
+    keep_kernel[(1,)](rng, keep, head, row, first_col, threshold, BLOCK_M=block[0], BLOCK_N=block[1])
+    expected = reference.dropout_keep(rng, p, head + 1, row + block[0], first_col + block[1])
+    assert torch.equal(keep, expected[head, row:, first_col:].to(torch.int8))
