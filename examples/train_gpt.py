@@ -107,8 +107,10 @@ class GPT(torch.nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.register_buffer("mask", torch.ones(length, length, dtype=torch.bool).triu(1), persistent=False)
-        for table in (self.token, self.position):
-            torch.nn.init.normal_(table.weight, std=0.02)
+        for name, parameter in self.named_parameters():  # as in GPT-2, what adds to the residual stream is smaller
+            if parameter.dim() > 1:
+                adds = name.endswith(("out_proj.weight", "linear2.weight"))
+                torch.nn.init.normal_(parameter, std=0.05 / math.sqrt(2 * layers) if adds else 0.05)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
@@ -395,7 +397,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=positive, default=default, help="default: %(default)s")
     parser.add_argument("--sample", type=positive, default=400, metavar="BYTES", help="text to write at the end")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--dropout",

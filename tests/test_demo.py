@@ -78,7 +78,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(demo, tmp_path, monkeypatch
     assert demo.main(arguments[:-1]) == 130
     checkpoint = tmp_path / demo.CHECKPOINT
     whole = checkpoint.read_bytes()
-    assert "made with lr = 0.003, this run has 0.1" in refusal(["--lr", "0.1"])
+    assert "made with lr = 0.002, this run has 0.1" in refusal(["--lr", "0.1"])
     assert "made with width = 24, this run has 48" in refusal(["--width", "48"])
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
