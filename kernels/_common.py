@@ -31,8 +31,7 @@ def row_tile(n: int, limit: int, per_thread: int) -> dict:
     """
     looped = n > limit
     block_n = limit // 2 if looped else max(32, triton.next_power_of_2(n))
-    least = 1 << 15 if INTERPRETED else 2048  # the interpreter's time goes by calls, not elements
-    tile = block_n if looped else max(block_n, least)
+    tile = block_n if looped else max(block_n, 2048)
     return {
         "BLOCK_M": tile // block_n,
         "BLOCK_N": block_n,
@@ -78,9 +77,23 @@ def _described(kernel, arguments: dict) -> tuple[dict, dict, dict]:
     for name, value in arguments.items():
         if name not in parameters:
             options[name] = value
-        elif parameters[name].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        elif parameters[name].is_constexpr or _static(value):
             constexprs[name] = value
         else:
-            aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
-            signature[name] = (parameters[name].annotation_type or mangle_type(value)) + (":16" if aligned else "")
+            signature[name] = parameters[name].annotation_type or _type(value)
+            if isinstance(value, tuple):
+                position = kernel.arg_names.index(name)
+                constexprs |= {(position, i): element for i, element in enumerate(value) if _static(element)}
     return signature, constexprs, options
+
+
+def _static(value) -> bool:
+    """Whether Triton makes a constant of an argument."""
+    return value is None or (isinstance(value, int) and value == 1)
+
+
+def _type(value) -> str | tuple:
+    if isinstance(value, tuple):
+        return tuple("constexpr" if _static(element) else _type(element) for element in value)
+    aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+    return mangle_type(value) + (":16" if aligned else "")

@@ -12,8 +12,8 @@ Each module named in MODULES offers its kernels through
 which yields (variant, kernel, signature, constexprs, options) as the launchers would compile them on `target`, a key of
 TARGETS (tile sizes may depend on it). variant: what sets it apart, such as "bf16 N=4096". signature: type of each
 argument that is no constexpr, by name: "*bf16", "*i64", "i32", "fp32"; with ":16" after it for a pointer or an integer
-that is known to be a multiple of 16, as nearly all are ("*bf16:16"). constexprs: value by name, which includes pointers
-that are None. options: num_warps, num_stages.
+that is known to be a multiple of 16, as nearly all are ("*bf16:16"); for a tuple, a tuple of these. constexprs: value
+by name, or by (position, position in the tuple), which includes pointers that are None. options: num_warps, num_stages.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MODULES = ("norm", "softmax")
+MODULES = ("attention", "norm", "softmax")
 
 # Name: (backend, architecture, lanes in a warp, bytes of shared memory that one block may have).
 TARGETS = {
@@ -65,19 +65,31 @@ def verdict(row: Row) -> str | None:
     return None
 
 
+def _bare(ty: str | tuple) -> str | tuple:
+    return tuple(map(_bare, ty)) if isinstance(ty, tuple) else ty.removesuffix(":16")
+
+
+def _leaves(types: tuple, path: tuple = ()) -> Iterator[tuple[tuple, str]]:
+    """(path, type) of each argument and of each element of a tuple argument."""
+    for i, ty in enumerate(types):
+        if isinstance(ty, tuple):
+            yield from _leaves(ty, (*path, i))
+        else:
+            yield (*path, i), ty
+
+
 def compile_variant(target: str, variant: str, kernel, signature: dict, constexprs: dict, options: dict) -> Row:
     """Compiles one variant, as `aot_variants` yields it, for one target."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
-    divisible = [i for i, ty in enumerate(types.values()) if ty.endswith(":16")]
+    types = [("constexpr" if name in constexprs else signature[name]) for name in kernel.arg_names]
     source = ASTSource(
         fn=kernel,
-        signature={name: ty.removesuffix(":16") for name, ty in types.items()},
+        signature=dict(zip(kernel.arg_names, map(_bare, types), strict=True)),
         constexprs=constexprs,
-        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+        attrs={path: [["tt.divisibility", 16]] for path, ty in _leaves(tuple(types)) if ty.endswith(":16")},
     )
     name = kernel.__name__
     try:
