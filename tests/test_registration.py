@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, TARGETS
 from torch.library import opcheck
 
 import pyllm
@@ -15,6 +15,7 @@ from pyllm.backend import use_backend
 from pyllm.testing import randn
 
 ROOT = Path(__file__).parent.parent
+KERNEL_TARGETS = [target for target in TARGETS if target.values[0][0] in ("native", "triton")]
 NAMESPACES = [
     name for name, backend in (("pyllm", "native"), ("pyllm_triton", "triton")) if pyllm.backends()[backend] is None
 ]
@@ -89,10 +90,9 @@ def inputs(rows: int, device: str):
     return tuple(randn(*s, device=device) for s in shapes)
 
 
+@pytest.mark.parametrize("target", KERNEL_TARGETS)
 def test_compiles_whole_with_dynamic_shapes(target):
     backend, device = target
-    if backend == "torch":
-        pytest.skip("torch refuses dropout; its own operators compile")
     with use_backend(backend):
         compiled = torch.compile(every_public_call, fullgraph=True, dynamic=True, backend="aot_eager")
         for rows in (5, 8, 13):
@@ -125,10 +125,9 @@ def test_exports(name):
         assert torch.equal(exported, eager)
 
 
+@pytest.mark.parametrize("target", KERNEL_TARGETS)
 def test_profiler_shows_names(target):
     backend, device = target
-    if backend not in ("native", "triton"):
-        pytest.skip("no operators of ours")
     x = randn(4, 16, device=device)
     with use_backend(backend), torch.profiler.profile() as profile:
         ops.layer_norm(x).sum().backward()
