@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ def _load() -> str | None:
 
 
 error = _load()
+if error is not None:
+    # pip hides what a build prints, so this is where a user learns of it.
+    warnings.warn(f"pyllm runs without its compiled kernels: {error}", RuntimeWarning, stacklevel=2)
 _triton_installed = importlib.util.find_spec("triton") is not None
 _triton_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 

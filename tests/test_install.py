@@ -1,0 +1,46 @@
+"""Installing where there is no compiler, and the errors of the build."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **env}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_it_installs_says_so_and_runs_on_torch(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(ROOT / name)
+    (tmp_path / "bin").mkdir()
+    install = ("-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--target", str(site), str(source))
+    result = run(*install, cwd=tmp_path, PATH=str(tmp_path / "bin"), CXX="")
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count("no C++ compiler was found") == 1
+    assert not list(site.glob("pyllm/*.so"))
+    code = (
+        "import torch, pyllm\n"
+        "x = torch.randn(2, 3, 8, 16)\n"
+        "print(*(pyllm.explain(f, *a)[0].backend for f, a in ("
+        "(pyllm.ops.layer_norm, (x,)), (pyllm.ops.attention, (x, x, x)),"
+        "(lambda x: pyllm.ops.add_layer_norm(x, x, dropout_p=0.5), (x,)))))\n"
+    )
+    result = run("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert result.stdout.split() == ["torch", "torch", "reference"], result.stderr
+    assert result.stderr.count("pyllm runs without its compiled kernels") == 1
+
+
+def test_a_compiler_that_is_not_there_is_an_error(tmp_path):
+    result = run(
+        str(ROOT / "setup.py"), "-q", "build_ext", "--build-lib", str(tmp_path), cwd=ROOT, CXX="no-such-compiler"
+    )
+    assert result.returncode != 0
+    assert "CXX=no-such-compiler is not on the path" in result.stderr
