@@ -18,34 +18,39 @@ and 12 B for each element of dq. Statistics and sums are fp32, fp64 for fp64 inp
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyllm.kernels._common import INTERPRETED
+from pyllm.kernels._common import INTERPRETED, captured, launch, rounded
 from pyllm.kernels.philox import keep_mask
 from pyllm.reference import dropout_threshold
 
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's product of bf16 is wrong
 LOG2E = tl.constexpr(math.log2(math.e))
 INF = tl.constexpr(math.inf)
 
 # What the helpers share, as tuples made in the kernels:
 #   extent  = (Sq, Sk, left, right, shift): query i keeps keys i + shift - left .. i + shift + right; None is no bound
 #   masks   = (attn_mask at [b, h], its strides, key_padding_mask at [b], its strides)
-#   dropout = (seed, offset, b * H + h, threshold, what a kept element is multiplied by), or None
+#   dropout = (rng, seed, offset, threshold, what a kept element is multiplied by); rng is None without dropout
 
 
 @triton.jit
 def _dot(a, b, acc=None):
-    if UPCAST and a.dtype == tl.bfloat16:
+    if INTERPRETED and a.dtype == tl.bfloat16:  # its product of bf16 is wrong
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     OUT: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=OUT)
+
+
+@triton.jit
+def _outer(a, b, SWAP: tl.constexpr):
+    """a b^T; SWAP: as (b a^T)^T, so that its transpose is a register operand of the next product, no trip to memory."""
+    return tl.trans(_dot(b, tl.trans(a))) if SWAP else _dot(a, tl.trans(b))
 
 
 @triton.jit
@@ -67,7 +72,7 @@ def _store_rows(p_x, b_x, b, h, H, first, rows, D: tl.constexpr, BLOCK: tl.const
     o_row = first + tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
     p_tile = p_x + ((b * rows + o_row) * H + h)[:, None] * D + o_d[None, :]
-    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=(o_row < rows)[:, None] & (o_d < D)[None, :])
+    tl.store(p_tile, rounded(b_x, p_x.dtype.element_ty), mask=(o_row < rows)[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
@@ -90,6 +95,28 @@ def _reach(first, rows, cols, left, right, shift, BLOCK_R: tl.constexpr, BLOCK_C
 
 
 @triton.jit
+def _masks(p_mask, mask_strides, p_padding, padding_strides, b, h):
+    """`masks` of one head."""
+    if p_mask is not None:
+        p_mask += b * mask_strides[0] + h * mask_strides[1]
+    if p_padding is not None:
+        p_padding += b * padding_strides[0]
+    return p_mask, mask_strides, p_padding, padding_strides
+
+
+@triton.jit
+def _dropout(p_rng, threshold, ACC: tl.constexpr):
+    """`dropout`, whose last element is reference.dropout_scale."""
+    seed, offset, scale = 0, 0, 0.0
+    if p_rng is not None:
+        seed = tl.load(p_rng)
+        offset = tl.load(p_rng + 1)
+        kept = 65536 - threshold
+        scale = tl.where(kept > 0, 65536.0 / tl.cast(tl.maximum(kept, 1), ACC), 0.0)
+    return p_rng, seed, offset, threshold, scale
+
+
+@triton.jit
 def _scores(
     b_q,
     b_k,
@@ -102,6 +129,7 @@ def _scores(
     BLOCK_N: tl.constexpr,
     NATURAL: tl.constexpr,
     BOUNDARY: tl.constexpr,
+    SWAP: tl.constexpr = False,
 ):
     """Biased scores [BLOCK_M, BLOCK_N], -inf where a mask or the band removes them. Every bias belongs here.
 
@@ -112,7 +140,7 @@ def _scores(
     Sq, Sk, left, right, shift = extent
     o_m = first_m + tl.arange(0, BLOCK_M)
     o_n = first_n + tl.arange(0, BLOCK_N)
-    s = _dot(b_q, tl.trans(b_k))
+    s = _outer(b_q, b_k, SWAP)
     s *= scale if NATURAL else scale * LOG2E
     if p_mask is not None:
         o_mask = o_m.to(tl.int64)[:, None] * mask_strides[2] + o_n.to(tl.int64)[None, :] * mask_strides[3]
@@ -151,6 +179,7 @@ def _attend(
     masks,
     extent,
     dropout,
+    head,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -169,20 +198,13 @@ def _attend(
         shrink = tl.exp2((peak - base) * UNIT)
         total = total * shrink + tl.sum(p, 1)
         peak = new_peak
-        if dropout is not None:
-            seed, offset, head, threshold, _ = dropout
+        if dropout[0] is not None:
             o_m = first_m + tl.arange(0, BLOCK_M)
-            p = tl.where(keep_mask(seed, offset, head, o_m, first_n, threshold, BLOCK_N), p, 0.0)
+            keep = keep_mask(dropout[1], dropout[2], head, o_m, first_n, dropout[3], BLOCK_N)
+            p = tl.where(keep, p, 0.0)
         b_v = _rows(p_v, v_stride, first_n, extent[1], D, BLOCK_N, BLOCK_D, BOUNDARY)
-        acc = _dot(p.to(b_v.dtype), b_v, acc * shrink[:, None])
+        acc = _dot(rounded(p, b_v.dtype), b_v, acc * shrink[:, None])
     return acc, total, peak
-
-
-@triton.jit
-def _keep_scale(threshold, ACC: tl.constexpr):
-    """reference.dropout_scale; 0 where everything is dropped."""
-    kept = 65536 - threshold
-    return tl.where(kept > 0, 65536.0 / tl.maximum(kept, 1).to(ACC), 0.0).to(ACC)
 
 
 @triton.jit
@@ -217,7 +239,7 @@ def attention_fwd_kernel(
 ):
     ACC: tl.constexpr = p_lse.dtype.element_ty
     UNIT: tl.constexpr = LOG2E if NATURAL else 1.0
-    if ACC != tl.float64:
+    if p_lse.dtype.element_ty == tl.float32:
         scale = tl.cast(scale, tl.float32)
     tiles = tl.cdiv(Sq, BLOCK_M)
     head = tl.program_id(0) // tiles
@@ -227,14 +249,8 @@ def attention_fwd_kernel(
     p_k += b * k_strides[0] + h // GROUP * k_strides[1]
     p_v += b * v_strides[0] + h // GROUP * v_strides[1]
     extent = (Sq, Sk, left, right, shift)
-    if p_mask is not None:
-        p_mask += b * mask_strides[0] + h * mask_strides[1]
-    if p_padding is not None:
-        p_padding += b * padding_strides[0]
-    masks = (p_mask, mask_strides, p_padding, padding_strides)
-    dropout = None
-    if p_rng is not None:
-        dropout = (tl.load(p_rng), tl.load(p_rng + 1), head, threshold, _keep_scale(threshold, ACC))
+    masks = _masks(p_mask, mask_strides, p_padding, padding_strides, b, h)
+    dropout = _dropout(p_rng, threshold, ACC)
 
     b_q = _rows(p_q + b * q_strides[0] + h * q_strides[1], q_strides[2], first_m, Sq, D, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
@@ -259,6 +275,7 @@ def attention_fwd_kernel(
                 masks,
                 extent,
                 dropout,
+                head,
                 D,
                 BLOCK_D,
                 BLOCK_M,
@@ -270,7 +287,7 @@ def attention_fwd_kernel(
     some = tl.where(total == 0.0, 1.0, total)
     b_out = acc / some[:, None]
     if p_rng is not None:
-        b_out *= _keep_scale(threshold, ACC)
+        b_out *= dropout[4]
     b_lse = tl.where(total == 0.0, -INF, peak * (UNIT / LOG2E) + tl.log(some))
     o_m = first_m + tl.arange(0, BLOCK_M)
     _store_rows(p_out, b_out, b, h, H, first_m, Sq, D, BLOCK_M, BLOCK_D)
@@ -325,10 +342,12 @@ def _gradients(
     masks,
     extent,
     dropout,
+    head,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NATURAL: tl.constexpr,
     BOUNDARY: tl.constexpr,
+    SWAP: tl.constexpr = False,
 ):
     """Of a tile [BLOCK_M, BLOCK_N]: the weights after dropout, not yet scaled up, and the scores' gradient."""
     UNIT: tl.constexpr = LOG2E if NATURAL else 1.0
@@ -336,13 +355,12 @@ def _gradients(
     b_lse = tl.load(p_lse + o_m, mask=o_m < extent[0], other=INF)
     b_lse = tl.where(b_lse == -INF, INF, b_lse) * (LOG2E / UNIT)  # rows without keys or outside: weights 0, not NaN
     b_delta = tl.load(p_delta + o_m, mask=o_m < extent[0], other=0.0)
-    s = _scores(b_q, b_k, first_m, first_n, scale, masks, extent, BLOCK_M, BLOCK_N, NATURAL, BOUNDARY)
+    s = _scores(b_q, b_k, first_m, first_n, scale, masks, extent, BLOCK_M, BLOCK_N, NATURAL, BOUNDARY, SWAP)
     p = tl.exp2((s - b_lse[:, None]) * UNIT)
-    dp = _dot(b_dout, tl.trans(b_v))
-    if dropout is not None:
-        seed, offset, head, threshold, keep_scale = dropout
-        keep = keep_mask(seed, offset, head, o_m, first_n, threshold, BLOCK_N)
-        ds = p * (tl.where(keep, dp * keep_scale, 0.0) - b_delta[:, None])
+    dp = _outer(b_dout, b_v, SWAP)
+    if dropout[0] is not None:
+        keep = keep_mask(dropout[1], dropout[2], head, o_m, first_n, dropout[3], BLOCK_N)
+        ds = p * (tl.where(keep, dp * dropout[4], 0.0) - b_delta[:, None])
         p = tl.where(keep, p, 0.0)
     else:
         ds = p * (dp - b_delta[:, None])
@@ -362,6 +380,7 @@ def _collect(
     p_lse,
     p_delta,
     p_dq,
+    o_dq,
     dq_stride,
     first_n,
     start,
@@ -370,6 +389,7 @@ def _collect(
     masks,
     extent,
     dropout,
+    head,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -394,18 +414,20 @@ def _collect(
             masks,
             extent,
             dropout,
+            head,
             BLOCK_M,
             BLOCK_N,
             NATURAL,
             BOUNDARY,
+            BLOCK_N > BLOCK_M,
         )
-        dv = _dot(tl.trans(p.to(b_dout.dtype)), b_dout, dv)
-        ds = ds.to(b_q.dtype)
+        dv = _dot(tl.trans(rounded(p, b_dout.dtype)), b_dout, dv)
+        ds = rounded(ds, b_q.dtype)
         dk = _dot(tl.trans(ds), b_q, dk)
         if p_dq is not None:
             o_m = first_m + tl.arange(0, BLOCK_M)
             o_d = tl.arange(0, BLOCK_D)
-            p_tile = p_dq + o_m.to(tl.int64)[:, None] * dq_stride + o_d[None, :]
+            p_tile = p_dq + o_dq + o_m.to(tl.int64)[:, None] * dq_stride + o_d[None, :]
             m_tile = (o_m < extent[0])[:, None] & (o_d < D)[None, :]
             tl.atomic_add(p_tile, _dot(ds, b_k) * scale, mask=m_tile, sem="relaxed")
     return dk, dv
@@ -446,9 +468,9 @@ def attention_bwd_key_kernel(
     BLOCK_N: tl.constexpr,
     NATURAL: tl.constexpr,
 ):
-    """dk and dv of a tile of keys; dq is added to p_dq, which lies as (B, Sq, H, D) and holds 0, unless that is None."""
+    """dk and dv of a tile of keys; dq is added to what p_dq holds, (B, Sq, H, D), unless that is None."""
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    if ACC != tl.float64:
+    if p_lse.dtype.element_ty == tl.float32:
         scale = tl.cast(scale, tl.float32)
     tiles = tl.cdiv(Sk, BLOCK_N)
     first_n = tl.program_id(0) % tiles * BLOCK_N
@@ -456,9 +478,7 @@ def attention_bwd_key_kernel(
     b = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
     extent = (Sq, Sk, left, right, shift)
-    if p_padding is not None:
-        p_padding += b * padding_strides[0]
-
+    dropout = _dropout(p_rng, threshold, ACC)
     p_k += b * k_strides[0] + kv_head * k_strides[1]
     p_v += b * v_strides[0] + kv_head * v_strides[1]
     b_k = _rows(p_k, k_strides[2], first_n, Sk, D, BLOCK_N, BLOCK_D, True)
@@ -469,16 +489,6 @@ def attention_bwd_key_kernel(
     for member in range(GROUP):
         h = kv_head * GROUP + member
         head = b * H + h
-        p_mask_h = p_mask
-        if p_mask is not None:
-            p_mask_h += b * mask_strides[0] + h * mask_strides[1]
-        masks = (p_mask_h, mask_strides, p_padding, padding_strides)
-        p_dq_h = p_dq
-        if p_dq is not None:
-            p_dq_h += (b * Sq * H + h) * D
-        dropout = None
-        if p_rng is not None:
-            dropout = (tl.load(p_rng), tl.load(p_rng + 1), head, threshold, _keep_scale(threshold, ACC))
         for part in tl.static_range(3):
             if part != 0 or right is not None:
                 dk, dv = _collect(
@@ -492,15 +502,17 @@ def attention_bwd_key_kernel(
                     dout_strides[2],
                     p_lse + head * Sq,
                     p_delta + head * Sq,
-                    p_dq_h,
+                    p_dq,
+                    (b * Sq * H + h) * D,
                     H * D,
                     first_n,
                     start if part == 0 else full_start if part == 1 else tl.maximum(full_start, full_end),
                     tl.minimum(full_start, end) if part == 0 else full_end if part == 1 else end,
                     scale,
-                    masks,
+                    _masks(p_mask, mask_strides, p_padding, padding_strides, b, h),
                     extent,
                     dropout,
+                    head,
                     D,
                     BLOCK_D,
                     BLOCK_M,
@@ -509,7 +521,7 @@ def attention_bwd_key_kernel(
                     part != 1,
                 )
     if p_rng is not None:
-        dv *= _keep_scale(threshold, ACC)
+        dv *= dropout[4]
     _store_rows(p_dk, dk * scale, b, kv_head, kv_heads, first_n, Sk, D, BLOCK_N, BLOCK_D)
     _store_rows(p_dv, dv, b, kv_head, kv_heads, first_n, Sk, D, BLOCK_N, BLOCK_D)
 
@@ -549,7 +561,7 @@ def attention_bwd_query_kernel(
 ):
     """dq of a tile of queries, the keys taken in order."""
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    if ACC != tl.float64:
+    if p_lse.dtype.element_ty == tl.float32:
         scale = tl.cast(scale, tl.float32)
     tiles = tl.cdiv(Sq, BLOCK_M)
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -559,24 +571,18 @@ def attention_bwd_query_kernel(
     p_k += b * k_strides[0] + h // GROUP * k_strides[1]
     p_v += b * v_strides[0] + h // GROUP * v_strides[1]
     extent = (Sq, Sk, left, right, shift)
-    if p_mask is not None:
-        p_mask += b * mask_strides[0] + h * mask_strides[1]
-    if p_padding is not None:
-        p_padding += b * padding_strides[0]
-    masks = (p_mask, mask_strides, p_padding, padding_strides)
-    dropout = None
-    if p_rng is not None:
-        dropout = (tl.load(p_rng), tl.load(p_rng + 1), head, threshold, _keep_scale(threshold, ACC))
+    masks = _masks(p_mask, mask_strides, p_padding, padding_strides, b, h)
+    dropout = _dropout(p_rng, threshold, ACC)
 
     p_dout += b * dout_strides[0] + h * dout_strides[1]
     b_q = _rows(p_q + b * q_strides[0] + h * q_strides[1], q_strides[2], first_m, Sq, D, BLOCK_M, BLOCK_D, True)
     b_dout = _rows(p_dout, dout_strides[2], first_m, Sq, D, BLOCK_M, BLOCK_D, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    start, _, _, end = _reach(first_m, Sq, Sk, left, right, shift, BLOCK_M, BLOCK_N)
-    for first_n in range(start, end, BLOCK_N):
+    reach = _reach(first_m, Sq, Sk, left, right, shift, BLOCK_M, BLOCK_N)
+    for first_n in range(reach[0], reach[3], BLOCK_N):
         b_k = _rows(p_k, k_strides[2], first_n, Sk, D, BLOCK_N, BLOCK_D, True)
         b_v = _rows(p_v, v_strides[2], first_n, Sk, D, BLOCK_N, BLOCK_D, True)
-        _, ds = _gradients(
+        ds = _gradients(
             b_q,
             b_k,
             b_v,
@@ -589,12 +595,13 @@ def attention_bwd_query_kernel(
             masks,
             extent,
             dropout,
+            head,
             BLOCK_M,
             BLOCK_N,
             NATURAL,
             True,
-        )
-        dq = _dot(ds.to(b_k.dtype), b_k, dq)
+        )[1]
+        dq = _dot(rounded(ds, b_k.dtype), b_k, dq)
     _store_rows(p_dq, dq * scale, b, h, H, first_m, Sq, D, BLOCK_M, BLOCK_D)
 
 
@@ -637,9 +644,10 @@ def attention_bwd_mask_kernel(
 ):
     """A tile of attn_mask's gradient, summed over what it broadcasts to; ROWS, COLS: it has queries, keys."""
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    if ACC != tl.float64:
+    if p_lse.dtype.element_ty == tl.float32:
         scale = tl.cast(scale, tl.float32)
     extent = (Sq, Sk, left, right, shift)
+    dropout = _dropout(p_rng, threshold, ACC)
     rest = tl.program_id(0)
     begin_m, stop_m, begin_n, stop_n = 0, Sq, 0, Sk
     if COLS:
@@ -661,14 +669,6 @@ def attention_bwd_mask_kernel(
             b_long = tl.cast(b, tl.int64)
             h_long = tl.cast(h, tl.int64)
             head = b_long * H + h_long
-            p_padding_b = p_padding
-            if p_padding is not None:
-                p_padding_b += b_long * padding_strides[0]
-            p_mask_h = p_mask + b_long * mask_strides[0] + h_long * mask_strides[1]
-            masks = (p_mask_h, mask_strides, p_padding_b, padding_strides)
-            dropout = None
-            if p_rng is not None:
-                dropout = (tl.load(p_rng), tl.load(p_rng + 1), head, threshold, _keep_scale(threshold, ACC))
             p_q_h = p_q + b_long * q_strides[0] + h_long * q_strides[1]
             p_dout_h = p_dout + b_long * dout_strides[0] + h_long * dout_strides[1]
             p_k_h = p_k + b_long * k_strides[0] + h_long // GROUP * k_strides[1]
@@ -676,11 +676,11 @@ def attention_bwd_mask_kernel(
             for first_m in range(begin_m, stop_m, BLOCK_M):
                 b_q = _rows(p_q_h, q_strides[2], first_m, Sq, D, BLOCK_M, BLOCK_D, True)
                 b_dout = _rows(p_dout_h, dout_strides[2], first_m, Sq, D, BLOCK_M, BLOCK_D, True)
-                start, _, _, end = _reach(first_m, Sq, Sk, left, right, shift, BLOCK_M, BLOCK_N)
-                for first_n in range(tl.maximum(start, begin_n), tl.minimum(end, stop_n), BLOCK_N):
+                reach = _reach(first_m, Sq, Sk, left, right, shift, BLOCK_M, BLOCK_N)
+                for first_n in range(tl.maximum(reach[0], begin_n), tl.minimum(reach[3], stop_n), BLOCK_N):
                     b_k = _rows(p_k_h, k_strides[2], first_n, Sk, D, BLOCK_N, BLOCK_D, True)
                     b_v = _rows(p_v_h, v_strides[2], first_n, Sk, D, BLOCK_N, BLOCK_D, True)
-                    _, ds = _gradients(
+                    ds = _gradients(
                         b_q,
                         b_k,
                         b_v,
@@ -690,14 +690,15 @@ def attention_bwd_mask_kernel(
                         first_m,
                         first_n,
                         scale,
-                        masks,
+                        _masks(p_mask, mask_strides, p_padding, padding_strides, b_long, h_long),
                         extent,
                         dropout,
+                        head,
                         BLOCK_M,
                         BLOCK_N,
                         NATURAL,
                         True,
-                    )
+                    )[1]
                     if not ROWS:
                         ds = tl.sum(ds, 0, keep_dims=True)
                     if not COLS:
@@ -709,43 +710,39 @@ def attention_bwd_mask_kernel(
     o_row = (tl.cast(mask_b, tl.int64) * mask_shape[1] + mask_h) * mask_shape[2] + o_m
     p_tile = p_dmask + o_row[:, None] * mask_shape[3] + o_n[None, :]
     m_tile = (o_m < mask_shape[2])[:, None] & (o_n < mask_shape[3])[None, :]
-    tl.store(p_tile, acc.to(p_dmask.dtype.element_ty), mask=m_tile)
+    tl.store(p_tile, rounded(acc, p_dmask.dtype.element_ty), mask=m_tile)
 
 
-# --- tiles: (BLOCK_M, BLOCK_N, num_warps, num_stages) by pass and bytes of a padded row of head_dim ---
+# --- tiles: (BLOCK_M, BLOCK_N, num_warps, num_stages), the largest tried that do not spill; none is timed ---
 
+# Target: pass: (plain, with a mask or dropout), for rows of a head of 128 B, of 256 B, and for fp32, which has no tensor
+# cores: its products are exact. A target that is not here has those of sm_120, whose shared memory is the least.
 TILES = {
-    "fwd": {
-        128: (128, 128, 8, 3),
-        256: (128, 128, 8, 2),
-        512: (64, 64, 8, 2),
-        1024: (32, 32, 4, 1),
-        2048: (16, 32, 4, 1),
-    },
-    "key": {
-        128: (64, 128, 8, 2),
-        256: (64, 128, 8, 2),
-        512: (32, 64, 8, 1),
-        1024: (16, 32, 4, 1),
-        2048: (16, 32, 4, 1),
-    },
-    "query": {
-        128: (128, 64, 8, 2),
-        256: (128, 64, 8, 2),
-        512: (64, 32, 8, 1),
-        1024: (32, 32, 4, 1),
-        2048: (16, 32, 4, 1),
+    "sm_90": {
+        "fwd": (
+            ((128, 128, 8, 3), (128, 64, 8, 3)),
+            ((128, 128, 8, 2), (128, 64, 8, 3)),
+            ((64, 32, 8, 1), (16, 32, 4, 1)),
+        ),
+        "key": (((64, 128, 8, 2), (64, 64, 8, 1)), ((32, 128, 8, 2), (32, 32, 4, 1)), ((32, 64, 8, 1), (32, 64, 8, 1))),
+        "query": (((128, 64, 8, 2),) * 2, ((64, 64, 8, 1),) * 2, ((32, 64, 8, 1),) * 2),
     },
 }
+WIDE = (16, 32, 4, 1)  # rows above 256 B
 
 
-def _tiles(step: str, target: str, block_d: int, itemsize: int) -> dict:
+def _tiles(step: str, target: str, arguments: dict) -> dict:
     """Tile sizes and launch options of one pass on a target, a key of aot.TARGETS or "cpu"."""
+    row = arguments["BLOCK_D"] * arguments["p_q"].element_size()
+    busy = any(arguments[name] is not None for name in ("p_mask", "p_padding", "p_rng"))
     if target == "cpu":
-        block_m, block_n, warps, stages = 64, 128, 4, 1
+        tile = (64, 128, 4, 1)  # keys and queries differ, and the interpreter's time goes by calls, not elements
+    elif row > 256:
+        tile = WIDE
     else:
-        block_m, block_n, warps, stages = TILES[step][max(128, block_d * itemsize)]
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+        kind = 2 if arguments["p_q"].element_size() > 2 else 0 if row <= 128 else 1
+        tile = TILES.get(target, TILES["sm_90"])[step][kind][busy]
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
 
 
 @lru_cache
@@ -758,41 +755,38 @@ def _target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-# --- launches: (kernel, programs, arguments) ---
-
-
-def _launch(plan: Iterator[tuple], tensor: Tensor) -> None:
-    with torch.cuda.device_of(tensor):
-        for kernel, programs, arguments in plan:
-            if programs:
-                kernel[(programs,)](**arguments)
+# --- launchers ---
 
 
 def _row_major(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _arguments(
-    query, key, value, attn_mask, key_padding_mask, rng, scale, dropout_p, left, right, bottom_right
-) -> dict:
-    """What all passes over tiles take alike. The tensors have contiguous rows."""
+def _merged(x: Tensor, dtype: torch.dtype | None = None, fill=torch.empty) -> Tensor:
+    """(B, H, S, D) like x, stored as (B, S, H, D)."""
+    batch, heads, length, dim = x.shape
+    return fill((batch, length, heads, dim), dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
+
+
+def _arguments(query, key, value, mask, padding, rng, scale, dropout_p, left, right, bottom_right) -> dict:
+    """What all passes over tiles take alike; the tensors have contiguous rows."""
     heads, sq, dim = query.shape[1:]
     kv_heads, sk = key.shape[1:3]
     mask_strides = (0, 0, 0, 0)
-    if attn_mask is not None:
-        mask_strides = tuple(0 if n == 1 else s for n, s in zip(attn_mask.shape, attn_mask.stride(), strict=True))
+    if mask is not None:
+        mask_strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
     return {
         "p_q": query,
         "p_k": key,
         "p_v": value,
-        "p_mask": attn_mask,
-        "p_padding": key_padding_mask,
+        "p_mask": mask,
+        "p_padding": padding,
         "p_rng": rng,
         "q_strides": query.stride()[:3],
         "k_strides": key.stride()[:3],
         "v_strides": value.stride()[:3],
         "mask_strides": mask_strides,
-        "padding_strides": (0, 0) if key_padding_mask is None else key_padding_mask.stride(),
+        "padding_strides": (0, 0) if padding is None else padding.stride(),
         "H": heads,
         "Sq": sq,
         "Sk": sk,
@@ -804,89 +798,8 @@ def _arguments(
         "GROUP": heads // kv_heads,
         "D": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "NATURAL": query.element_size() > 2 or (attn_mask is not None and attn_mask.dtype != torch.bool),
+        "NATURAL": query.element_size() > 2 or (mask is not None and mask.dtype != torch.bool),
     }
-
-
-def _fwd_plan(target: str, out: Tensor, lse: Tensor, arguments: dict) -> Iterator[tuple]:
-    batch, heads, sq, _ = out.shape
-    tiles = _tiles("fwd", target, arguments["BLOCK_D"], out.element_size())
-    yield (
-        attention_fwd_kernel,
-        batch * heads * triton.cdiv(sq, tiles["BLOCK_M"]),
-        arguments | {"p_out": out, "p_lse": lse} | tiles,
-    )
-
-
-def _bwd_plan(
-    target: str,
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dquery: Tensor,
-    dkey: Tensor,
-    dvalue: Tensor,
-    dmask: Tensor | None,
-    deterministic: bool,
-    arguments: dict,
-) -> Iterator[tuple]:
-    batch, heads, sq, _ = out.shape
-    kv_heads, sk = dkey.shape[1:3]
-    block_d = arguments["BLOCK_D"]
-    rows = max(16, 4096 // block_d)
-    yield (
-        attention_bwd_delta_kernel,
-        batch * heads * triton.cdiv(sq, rows),
-        {
-            "p_out": out,
-            "p_dout": dout,
-            "p_dlse": dlse,
-            "p_delta": delta,
-            "out_strides": out.stride()[:3],
-            "dout_strides": dout.stride()[:3],
-            "dlse_strides": (0, 0, 0) if dlse is None else dlse.stride(),
-            "H": heads,
-            "Sq": sq,
-            "D": arguments["D"],
-            "BLOCK_D": block_d,
-            "BLOCK_M": rows,
-            "num_warps": 4,
-        },
-    )
-    arguments = arguments | {
-        "p_dout": dout,
-        "p_lse": lse,
-        "p_delta": delta,
-        "dout_strides": dout.stride()[:3],
-    }
-    tiles = _tiles("key", target, block_d, out.element_size())
-    yield (
-        attention_bwd_key_kernel,
-        batch * kv_heads * triton.cdiv(sk, tiles["BLOCK_N"]),
-        arguments | {"p_dq": None if deterministic else dquery, "p_dk": dkey, "p_dv": dvalue} | tiles,
-    )
-    tiles = _tiles("query", target, block_d, out.element_size())
-    if deterministic:
-        yield (
-            attention_bwd_query_kernel,
-            batch * heads * triton.cdiv(sq, tiles["BLOCK_M"]),
-            arguments | {"p_dq": dquery} | tiles,
-        )
-    if dmask is not None:
-        has_rows, has_cols = dmask.shape[2] != 1, dmask.shape[3] != 1
-        programs = dmask.shape[0] * dmask.shape[1]
-        programs *= triton.cdiv(sq, tiles["BLOCK_M"]) if has_rows else 1
-        programs *= triton.cdiv(sk, tiles["BLOCK_N"]) if has_cols else 1
-        own = {"p_dmask": dmask, "mask_shape": tuple(dmask.shape), "B": batch, "ROWS": has_rows, "COLS": has_cols}
-        yield attention_bwd_mask_kernel, programs, arguments | own | tiles
-
-
-def _merged(x: Tensor, dtype: torch.dtype | None = None, fill=torch.empty) -> Tensor:
-    """(B, H, S, D) like x, stored as (B, S, H, D)."""
-    batch, heads, length, dim = x.shape
-    return fill((batch, length, heads, dim), dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 
 
 def attention_fwd(
@@ -901,16 +814,20 @@ def attention_fwd(
     left: int,
     right: int,
     bottom_right: bool,
+    target: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), as pyllm.ops.attention says."""
     query, key, value = (_row_major(x) for x in (query, key, value))
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, heads, sq, _ = query.shape
     out = _merged(query)
-    lse = torch.empty(query.shape[:3], dtype=statistics, device=query.device)
-    arguments = _arguments(
-        query, key, value, attn_mask, key_padding_mask, rng, scale, dropout_p, left, right, bottom_right
-    )
-    _launch(_fwd_plan(_target(query.device), out, lse, arguments), query)
+    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = torch.empty((batch, heads, sq), dtype=statistics, device=query.device)
+    masks = (attn_mask, key_padding_mask, rng)
+    arguments = _arguments(query, key, value, *masks, scale, dropout_p, left, right, bottom_right)
+    tiles = _tiles("fwd", target or _target(query.device), arguments)
+    programs = batch * heads * triton.cdiv(sq, tiles["BLOCK_M"])
+    if programs:
+        launch(attention_fwd_kernel, (programs,), query.device, p_out=out, p_lse=lse, **arguments, **tiles)
     return out, lse
 
 
@@ -931,29 +848,82 @@ def attention_bwd(
     right: int,
     bottom_right: bool,
     mask_gradient: bool,
+    target: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dquery, dkey, dvalue, dattn_mask), as pyllm.ops.attention says."""
     dout, query, key, value, out = (_row_major(x) for x in (dout, query, key, value, out))
+    device, target = query.device, target or _target(query.device)
+    batch, heads, sq, _ = query.shape
+    kv_heads, sk = key.shape[1:3]
     deterministic = torch.are_deterministic_algorithms_enabled()
     dquery = _merged(query) if deterministic else _merged(query, lse.dtype, torch.zeros)
     dkey, dvalue = _merged(key), _merged(value)
-    dmask = torch.empty(attn_mask.shape, dtype=attn_mask.dtype, device=query.device) if mask_gradient else None
-    arguments = _arguments(
-        query, key, value, attn_mask, key_padding_mask, rng, scale, dropout_p, left, right, bottom_right
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    masks = (attn_mask, key_padding_mask, rng)
+    arguments = _arguments(query, key, value, *masks, scale, dropout_p, left, right, bottom_right)
+    arguments |= {"p_dout": dout, "dout_strides": dout.stride()[:3], "p_lse": lse, "p_delta": delta}
+
+    rows = max(16, 4096 // arguments["BLOCK_D"])
+    if delta.numel():
+        launch(
+            attention_bwd_delta_kernel,
+            (batch * heads * triton.cdiv(sq, rows),),
+            device,
+            p_out=out,
+            p_dlse=dlse,
+            out_strides=out.stride()[:3],
+            dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(),
+            **{name: arguments[name] for name in ("p_dout", "p_delta", "dout_strides", "H", "Sq", "D", "BLOCK_D")},
+            BLOCK_M=rows,
+        )
+    tiles = _tiles("key", target, arguments)
+    programs = batch * kv_heads * triton.cdiv(sk, tiles["BLOCK_N"])
+    if programs:
+        p_dq = None if deterministic else dquery
+        outputs = {"p_dq": p_dq, "p_dk": dkey, "p_dv": dvalue}
+        launch(attention_bwd_key_kernel, (programs,), device, **outputs, **arguments, **tiles)
+    tiles = _tiles("query", target, arguments)
+    programs = batch * heads * triton.cdiv(sq, tiles["BLOCK_M"])
+    if deterministic and programs:
+        launch(attention_bwd_query_kernel, (programs,), device, p_dq=dquery, **arguments, **tiles)
+    dmask = torch.empty(
+        attn_mask.shape if mask_gradient else 0, dtype=(attn_mask if mask_gradient else query).dtype, device=device
     )
-    plan = _bwd_plan(
-        _target(query.device),
-        dout,
-        dlse,
-        out,
-        lse.contiguous(),
-        torch.empty_like(lse, memory_format=torch.contiguous_format),
-        dquery,
-        dkey,
-        dvalue,
-        dmask,
-        deterministic,
-        arguments,
-    )
-    _launch(plan, query)
-    return dquery.to(query.dtype), dkey, dvalue, query.new_empty(0) if dmask is None else dmask
+    if dmask.numel():
+        has_rows, has_cols = dmask.shape[2] != 1, dmask.shape[3] != 1
+        programs = dmask.shape[0] * dmask.shape[1]
+        programs *= triton.cdiv(sq, tiles["BLOCK_M"]) if has_rows else 1
+        programs *= triton.cdiv(sk, tiles["BLOCK_N"]) if has_cols else 1
+        own = {"p_dmask": dmask, "mask_shape": tuple(dmask.shape), "B": batch, "ROWS": has_rows, "COLS": has_cols}
+        launch(attention_bwd_mask_kernel, (programs,), device, **own, **arguments, **tiles)
+    return dquery.to(query.dtype), dkey, dvalue, dmask
+
+
+def aot_variants(target: str) -> Iterator[tuple]:
+    """What the launchers compile, for kernels/aot.py: without a GPU, from tensors without memory."""
+    batch, heads, length = 2, 16, 4096
+    features = ("none", "causal", "dropout", "bool causal", "float dropout")
+    cases = [(torch.bfloat16, dim, f) for dim in (64, 128) for f in features]
+    cases += [(dtype, 64, f) for dtype in (torch.float16, torch.float32) for f in ("causal", "float dropout")]
+    for dtype, dim, feature in cases:
+        empty = partial(torch.empty, dtype=dtype, device="meta")
+        query, key, value, dout = (_merged(empty(batch, heads, length, dim)) for _ in range(4))
+        mask = padding = rng = None
+        if "bool" in feature or "float" in feature:
+            mask = empty(batch, heads, length, length, dtype=torch.bool if "bool" in feature else dtype)
+            padding = empty(batch, length, dtype=torch.bool)
+        if "dropout" in feature:
+            rng = empty(2, dtype=torch.int64)
+        inputs = (query, key, value, mask, padding, rng)
+        options = (dim**-0.5, 0.0 if rng is None else 0.1, -1, 0 if "causal" in feature else -1, False)
+        label = f"{dtype} D={dim} {feature}".removeprefix("torch.")
+        with captured() as calls:
+            out, lse = attention_fwd(*inputs, *options, target)
+        yield from ((label, *call) for call in calls)
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            with captured() as calls:
+                attention_bwd(dout, lse, *inputs, out, lse, *options, "float" in feature, target)
+            torch.use_deterministic_algorithms(False)
+            yield from ((label + " deterministic" * deterministic, *call) for call in calls)

@@ -91,13 +91,13 @@ DROPOUT = {"dropout_p": 0.3}
 
 CASES = [
     # sizes
-    Case("single", batch=9, heads=4, kv_heads=4, sq=1, sk=1),
+    Case("single", batch=3, heads=4, kv_heads=4, sq=1, sk=1),
     Case("one-query", heads=8, kv_heads=4, sq=1, sk=130, dim=64),
     Case("one-key", sq=65, sk=1, dim=4),
     Case("tile-and-one", batch=1, sq=65, sk=130, dim=40, fits_torch=True),
     Case("wide-heads", batch=1, sq=63, sk=65, dim=256),
     Case("odd-heads", batch=1, sq=130, sk=63, dim=33, layout="bhds"),
-    Case("head-dim-1", sq=5, sk=9, dim=1),
+    Case("head-dim-3", sq=33, sk=65, dim=3),
     Case("no-batch", batch=0),
     Case("no-keys", sk=0, mask=(2, 1, 7, 1), mask_kind="float", options=DROPOUT),
     Case("no-queries", sq=0, mask=(1, 2, 1, 7), mask_kind="float"),
@@ -111,7 +111,9 @@ CASES = [
     Case("window-left", batch=1, sq=130, sk=65, options={"window": (33, -1)}),  # the last rows are empty
     Case("window-right", batch=1, sq=65, sk=130, options={"window": (-1, 3), "scale": -0.2, **DROPOUT}),
     Case("window-bottom", batch=1, sq=65, sk=130, options={"window": (0, 0), **BOTTOM}),
-    Case("window-causal", batch=1, heads=1, kv_heads=1, sq=130, sk=200, options={"window": (70, 5), **CAUSAL, **DROPOUT}),
+    Case(
+        "window-causal", batch=1, heads=1, kv_heads=1, sq=130, sk=200, options={"window": (70, 5), **CAUSAL, **DROPOUT}
+    ),
     # grouped heads
     Case("grouped", batch=1, heads=6, kv_heads=2, sq=9, sk=130),
     Case("multi-query", heads=3, kv_heads=1, sq=33, sk=65, padding=True, options=CAUSAL | BOTTOM | DROPOUT),
