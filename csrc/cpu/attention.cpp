@@ -116,11 +116,13 @@ int64_t parts_of(const Attention& args) {
   return std::clamp<int64_t>(args.heads / args.kv_heads * args.blocks(), 1, parts);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
-    const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& query, const Tensor& key, const Tensor& value,
-    const OptionalTensor& mask, const OptionalTensor& padding, const OptionalTensor& rng, const Tensor& out_in,
-    const Tensor& lse_in, double scale, double dropout_p, int64_t left, int64_t right, bool bottom_right,
-    bool mask_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const OptionalTensor& dlse_in,
+                                                         const Tensor& query, const Tensor& key, const Tensor& value,
+                                                         const OptionalTensor& mask, const OptionalTensor& padding,
+                                                         const OptionalTensor& rng, const Tensor& out_in,
+                                                         const Tensor& lse_in, double scale, double dropout_p,
+                                                         int64_t left, int64_t right, bool bottom_right,
+                                                         bool mask_gradient) {
   const Call call(query, key, value, mask, padding, rng, scale, dropout_p, left, right, bottom_right, true);
   const Attention& args = call.args;
   const Tensor dout = with_contiguous_rows(dout_in), out = with_contiguous_rows(out_in), lse = as_contiguous(lse_in);
@@ -158,10 +160,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
                                 .heads = mask->size(1),
                                 .rows = mask->size(2),
                                 .columns = mask->size(3)};
-    parallel_for(0, mask->size(0) * mask->size(1) * gradient.row_blocks() * gradient.column_blocks(), 1,
-                 [&, kernel = pick_attention_mask_gradient()](int64_t begin, int64_t end) {
-                   kernel(gradient, begin, end);
-                 });
+    parallel_for(
+        0, mask->size(0) * mask->size(1) * gradient.row_blocks() * gradient.column_blocks(), 1,
+        [&, kernel = pick_attention_mask_gradient()](int64_t begin, int64_t end) { kernel(gradient, begin, end); });
   }
   return {dquery, dkey, dvalue, dmask};
 }

@@ -12,195 +12,23 @@
 // inside the band: 4 D forward, 10 D backward, 4 D more for the gradient of a mask.
 #include "cpu/attention.h"
 
-#include "cpu/gemm.h"
-#include "cpu/philox.h"
-#include "cpu/vec.h"
+#include "cpu/attention_tile.h"
 
 namespace pyllm::PYLLM_ISA {
 
 namespace {
 
-template <class C>
-constexpr C kInfinity = std::numeric_limits<C>::infinity();
-
-template <class C>
-int64_t padded(int64_t dim) {
-  constexpr int64_t unit = kRowBytes / sizeof(C);
-  return (dim + unit - 1) / unit * unit;
-}
-
-// Queries [first, first + count) of a head and the keys [begin, end) that some of them may see.
-struct Block {
-  int64_t batch = 0, head = 0, key_head = 0, first = 0, begin = 0, end = 0;
-  int count = 0;
-};
-
-Block make_block(const Attention& call, int64_t batch, int64_t head, int64_t index) {
-  Block block{.batch = batch, .head = head, .key_head = head / (call.heads / call.kv_heads)};
-  block.first = index * kQueryBlock;
-  const int64_t last = block.first + kQueryBlock < call.sq ? block.first + kQueryBlock : call.sq;
-  block.count = static_cast<int>(last - block.first);
-  block.begin = call.left < 0 ? 0 : block.first + call.shift - call.left;
-  block.end = call.right < 0 ? call.sk : last + call.shift + call.right;
-  if (block.begin < 0) block.begin = 0;
-  if (block.end > call.sk) block.end = call.sk;
-  if (call.padding != nullptr) {
-    const bool* ignored = call.padding + batch * call.sk;
-    while (block.begin < block.end && ignored[block.begin]) ++block.begin;
-    while (block.begin < block.end && ignored[block.end - 1]) --block.end;
+// The sum of term(0) to term(count - 1): of runs first, since the error of one long chain would show in a whole row.
+template <class C, class Term>
+[[gnu::always_inline]] inline Vec<C> sum_of_runs(int count, Term&& term) {
+  constexpr int run = 16;
+  Vec<C> total{};
+  for (int start = 0; start < count; start += run) {
+    Vec<C> part{};
+    for (int j = start; j < (start + run < count ? start + run : count); ++j) part += term(j);
+    total += part;
   }
-  block.begin = block.begin / kPhiloxGroup * kPhiloxGroup;
-  return block;
-}
-
-// Blocks in an order in which every run of them has its share of long and short rows of keys.
-int64_t balanced(int64_t index, int64_t blocks) { return index % 2 == 0 ? index / 2 : blocks - 1 - index / 2; }
-
-// Vectors that hold the queries of a block.
-template <class C>
-int vectors(const Block& block) {
-  return (block.count + kLanes<C> - 1) / kLanes<C>;
-}
-
-// body(offset) for the offset of each vector of a tile's row
-template <class C, class Body>
-[[gnu::always_inline]] inline void for_lanes(const Block& block, Body&& body) {
-  for (int v = 0; v < vectors<C>(block); ++v) body(v * kLanes<C>);
-}
-
-// to[column][row] = row_vector(row, column, count)[lane]; rows beyond `rows`, up to a whole vector, give 0
-template <class C, class Load>
-void transpose_rows(int rows, int64_t columns, C* to, Load&& row_vector) {
-  constexpr int lanes = kLanes<C>;
-  for (int64_t column = 0; column < columns; column += lanes) {
-    const int count = columns - column < lanes ? static_cast<int>(columns - column) : lanes;
-    for (int row = 0; row < rows; row += lanes) {
-      Vec<C> square[lanes];
-      for (int r = 0; r < lanes; ++r) square[r] = row + r < rows ? row_vector(row + r, column, count) : Vec<C>{};
-      transpose<C>(square);
-      for (int i = 0; i < count; ++i) store(to + (column + i) * kQueryBlock + row, square[i]);
-    }
-  }
-}
-
-// A row in the compute type, padded with zeros to `width`.
-template <class T, class C>
-void convert_row(const T* from, int64_t dim, C* to, int64_t width) {
-  for_vectors<C>(dim, [&](int64_t i, int count) { store(to + i, load(from + i, count)); });
-  for (int64_t i = dim; i < width; ++i) to[i] = 0;
-}
-
-// --- scores ---
-
-// `count` elements of a mask's row as added numbers; stride 0: the same one `count` times.
-template <class C, class M>
-Vec<C> mask_vector(const M* from, int64_t stride, int count) {
-  constexpr int lanes = kLanes<C>;
-  M values[lanes] = {};
-  if (stride != 0) {
-    std::memcpy(values, from, count * sizeof(M));
-  } else {
-    for (int i = 0; i < count; ++i) values[i] = *from;
-  }
-  if constexpr (std::is_same_v<M, uint8_t>) {
-    Vec<C> added;
-    for (int i = 0; i < lanes; ++i) added[i] = values[i] ? 0 : -kInfinity<C>;
-    return added;
-  } else if constexpr (std::is_same_v<Compute<M>, C>) {
-    return load(values);
-  } else {  // a float mask on double scores
-    Vec<C> added;
-    for (int i = 0; i < lanes; ++i) added[i] = static_cast<C>(values[i]);
-    return added;
-  }
-}
-
-// Calls body(M{}) with the mask's storage type, of those that the scores' compute type C admits.
-template <class C, class Body>
-void visit_mask_type(DType dtype, Body&& body) {
-  if (dtype == DType::boolean) return body(uint8_t{});
-  visit_dtype(dtype, [&](auto type) {
-    using M = decltype(type);
-    if constexpr (std::is_same_v<Compute<M>, C> || std::is_same_v<M, float>) body(type);
-  });
-}
-
-// The mask of a tile as added numbers, transposed.
-template <class C>
-void load_mask(const ScoreMask& mask, const Block& block, int64_t key, int keys, C* to) {
-  const int64_t offset = block.batch * mask.batch + block.head * mask.head + block.first * mask.row + key * mask.column;
-  visit_mask_type<C>(mask.data.dtype, [&](auto type) {
-    const auto* from = mask.data.as<const decltype(type)>() + offset;
-    transpose_rows<C>(block.count, keys, to, [&](int row, int64_t column, int count) {
-      return mask_vector<C>(from + row * mask.row + column * mask.column, mask.column, count);
-    });
-  });
-}
-
-// Scores (keys, kQueryBlock) of the keys from `key` on; query_t holds the queries transposed.
-template <class C>
-void make_scores(const Attention& call, const Block& block, int64_t key, int keys, const C* query_t, C* scores) {
-  multiply_add<false>(keys, vectors<C>(block) * kLanes<C>, call.dim,
-                      call.key.at<const C>(block.batch, block.key_head, key), call.key.row, query_t, kQueryBlock,
-                      scores, kQueryBlock, Update<C>{.set = true, .alpha = static_cast<C>(call.scale)});
-  const bool* ignored = call.padding == nullptr ? nullptr : call.padding + block.batch * call.sk + key;
-  C* added = nullptr;
-  if (call.mask.data) {
-    added = scratch<C, 7>(kKeyBlock * kQueryBlock);
-    load_mask(call.mask, block, key, keys, added);
-  }
-  Vec<C> lane;
-  for (int i = 0; i < kLanes<C>; ++i) lane[i] = static_cast<C>(i);
-  for (int j = 0; j < keys; ++j) {
-    C* row = scores + j * kQueryBlock;
-    if (ignored != nullptr && ignored[j]) {
-      for_lanes<C>(block, [&](int i) { store(row + i, splat(-kInfinity<C>)); });
-      continue;
-    }
-    if (added != nullptr) {
-      for_lanes<C>(block, [&](int i) { store(row + i, load(row + i) + load(added + j * kQueryBlock + i)); });
-    }
-    // Queries low to high of the block see this key.
-    const int64_t same = key + j - call.shift - block.first;
-    const int64_t low = call.right < 0 ? 0 : same - call.right;
-    const int64_t high = call.left < 0 ? kQueryBlock : same + call.left;
-    if (low > 0 || high < block.count - 1) {
-      const C first = static_cast<C>(low), last = static_cast<C>(high);
-      for_lanes<C>(block, [&](int i) {
-        const Vec<C> query = lane + static_cast<C>(i);
-        Vec<C> score = load(row + i);
-        score = query < first ? splat(-kInfinity<C>) : score;
-        store(row + i, query > last ? splat(-kInfinity<C>) : score);
-      });
-    }
-  }
-}
-
-// Dropout's factors of a tile. Lanes are queries, so each Philox call serves eight rows of the tile.
-template <class C>
-C* keep_factors(const Attention& call, const Block& block, int64_t key, int keys) {
-  C* factors = scratch<C, 6>(kKeyBlock * kQueryBlock);
-  const uint32_t head = static_cast<uint32_t>(block.batch * call.heads + block.head);
-  const C scale = static_cast<C>(call.dropout.scale);
-  for (int group = 0; group < keys; group += kPhiloxGroup) {
-    for (int t = 0; t < 4; ++t) {
-      for (int row = 0; row < block.count; row += kLanes<uint32_t>) {
-        Words words[4];
-        random_words(call.dropout, head, static_cast<uint32_t>(block.first + row), (key + group) / kPhiloxGroup, t, words);
-        for (int i = 0; i < 8; ++i) {
-          const int j = group + 8 * (i / 2) + 2 * t + i % 2;
-          const auto kept = ((words[i / 2] >> (16 * (i % 2))) & 0xFFFF) >= call.dropout.threshold;
-          C* to = factors + j * kQueryBlock + row;
-          if constexpr (sizeof(C) == 4) {
-            store(to, kept ? splat(scale) : Vec<C>{});
-          } else {
-            for (int lane = 0; lane < kLanes<uint32_t>; ++lane) to[lane] = kept[lane] ? scale : 0;
-          }
-        }
-      }
-    }
-  }
-  return factors;
+  return total;
 }
 
 // --- forward ---
@@ -208,7 +36,10 @@ C* keep_factors(const Attention& call, const Block& block, int64_t key, int keys
 // What the lanes of a block carry from one tile of keys to the next.
 template <class C>
 struct Softmax {
-  alignas(64) C peak[kQueryBlock], total[kQueryBlock], rescale[kQueryBlock];
+  alignas(64) C peak[kQueryBlock], total[kQueryBlock] = {}, rescale[kQueryBlock];
+  Softmax() {
+    for (C& lane : peak) lane = -kInfinity<C>;
+  }
 };
 
 // Scores become exp(score - peak); the sums and the factor that earlier results need are brought up to date.
@@ -220,13 +51,12 @@ void exponentiate(const Block& block, int keys, C* scores, Softmax<C>& softmax) 
     for (int j = 0; j < keys; ++j) peaks[j % 2] = max<C>(load(scores + j * kQueryBlock + i), peaks[j % 2]);
     const Vec<C> peak = max<C>(peaks[0], peaks[1]);
     const Vec<C> shift = peak == -kInfinity<C> ? Vec<C>{} : peak;  // nothing seen yet: every exponential is 0
-    Vec<C> total{};
-    for (int j = 0; j < keys; ++j) {
+    const Vec<C> total = sum_of_runs<C>(keys, [&](int j) {
       C* score = scores + j * kQueryBlock + i;
       const Vec<C> e = exp(load(score) - shift);
       store(score, e);
-      total += e;
-    }
+      return e;
+    });
     const Vec<C> rescale = exp(before - shift);
     store(softmax.rescale + i, rescale);
     store(softmax.total + i, load(softmax.total + i) * rescale + total);
@@ -248,10 +78,6 @@ void forward(const AttentionForward& args, int64_t task) {
     return load(query + row * call.query.row + column, count);
   });
   Softmax<C> softmax;
-  for (int i = 0; i < kQueryBlock; ++i) {
-    softmax.peak[i] = -kInfinity<C>;
-    softmax.total[i] = 0;
-  }
   for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
     const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
     make_scores(call, block, key, keys, query_t, scores);
@@ -275,7 +101,7 @@ void forward(const AttentionForward& args, int64_t task) {
     lse[row] = empty ? -kInfinity<C> : softmax.peak[row] + std::log(total);
     T* to = args.out.at<T>(block.batch, block.head, block.first + row);
     for_vectors<C>(call.dim, [&](int64_t i, int count) {
-      store(to + i, empty ? Vec<C>{} : load(out + row * width + i) * (1 / total), count);
+      store(to + i, empty ? Vec<C>{} : load(out + row * width + i) / total, count);
     });
   }
 }
@@ -286,7 +112,8 @@ void forward(const AttentionForward& args, int64_t task) {
 template <class C>
 struct Rows {
   C *query, *query_t, *dout, *dout_t;
-  alignas(64) C lse[kQueryBlock], delta[kQueryBlock];  // an empty query's lse is infinity, so that exp(s - lse) is 0
+  alignas(64) C delta[kQueryBlock], dlse[kQueryBlock];
+  alignas(64) C lse[kQueryBlock];  // an empty query's lse is infinity, so that exp(s - lse) is 0
 };
 
 // Rows of a block, padded with zeros to `width`, at `to` and transposed at `to_t`.
@@ -321,12 +148,10 @@ void load_block(const AttentionBackward& args, const Block& block, int64_t width
   const int64_t index = (block.batch * call.heads + block.head) * call.sq + block.first;
   for (int row = 0; row < kQueryBlock; ++row) {
     const C lse = row < block.count ? static_cast<const C*>(args.lse)[index + row] : -kInfinity<C>;
-    rows.lse[row] = lse > -kInfinity<C> ? lse : kInfinity<C>;
-    if (lse == -kInfinity<C>) {
-      rows.delta[row] = 0;
-    } else if (args.dlse != nullptr) {
-      rows.delta[row] -= static_cast<const C*>(args.dlse)[index + row];
-    }
+    const bool empty = lse == -kInfinity<C>;
+    rows.lse[row] = empty ? kInfinity<C> : lse;
+    rows.dlse[row] = empty || args.dlse == nullptr ? 0 : static_cast<const C*>(args.dlse)[index + row];
+    if (empty) rows.delta[row] = 0;
   }
 }
 
@@ -339,20 +164,28 @@ void score_gradients(const Attention& call, const Block& block, const Rows<C>& r
                       call.value.at<const C>(block.batch, block.key_head, key), call.value.row, rows.dout_t,
                       kQueryBlock, ds, kQueryBlock, Update<C>{.set = true});
   const C* keep = call.dropout ? keep_factors<C>(call, block, key, keys) : nullptr;
+  // The rounding of lse and of out moves a whole row; where all of the row is here, its own sums are used instead.
+  const bool whole = key == block.begin && key + keys == block.end;
+  Softmax<C> softmax;
+  if (whole) exponentiate(block, keys, p, softmax);
   for_lanes<C>(block, [&](int lane) {
-    const Vec<C> lse = load(rows.lse + lane), delta = load(rows.delta + lane);
+    const auto at = [=](auto* tile, int j) { return tile + j * kQueryBlock + lane; };
+    const Vec<C> lse = load(rows.lse + lane), dlse = load(rows.dlse + lane);
+    if (!whole) {
+      for (int j = 0; j < keys; ++j) store(at(p, j), exp(load(at(p, j)) - lse));
+    }
+    if (keep != nullptr) {
+      for (int j = 0; j < keys; ++j) store(at(ds, j), load(at(ds, j)) * load(at(keep, j)));
+    }
+    Vec<C> delta = load(rows.delta + lane), total = load(softmax.total + lane);
+    if (whole) {
+      total = total > 0 ? total : splat(C{1});
+      delta = sum_of_runs<C>(keys, [&](int j) { return load(at(p, j)) * load(at(ds, j)); }) / total;
+    }
     for (int j = 0; j < keys; ++j) {
-      const int i = j * kQueryBlock + lane;
-      const Vec<C> weight = exp(load(p + i) - lse);
-      Vec<C> gradient = load(ds + i);
-      if (keep != nullptr) {
-        const Vec<C> factor = load(keep + i);
-        gradient *= factor;
-        store(p + i, weight * factor);
-      } else {
-        store(p + i, weight);
-      }
-      store(ds + i, weight * (gradient - delta));
+      const Vec<C> weight = whole ? load(at(p, j)) / total : load(at(p, j));
+      store(at(p, j), keep != nullptr ? weight * load(at(keep, j)) : weight);
+      store(at(ds, j), weight * ((load(at(ds, j)) - delta) + dlse));
     }
   });
 }
@@ -387,9 +220,8 @@ void backward(const AttentionBackward& args, int64_t task) {
     const C scale = static_cast<C>(call.scale);
     for (int row = 0; row < block.count; ++row) {
       T* to = args.dquery.at<T>(batch, block.head, block.first + row);
-      for_vectors<C>(call.dim, [&](int64_t i, int count) {
-        store(to + i, load(dquery + row * width + i) * scale, count);
-      });
+      for_vectors<C>(call.dim,
+                     [&](int64_t i, int count) { store(to + i, load(dquery + row * width + i) * scale, count); });
     }
   }
 }
@@ -425,7 +257,8 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
   const int64_t mask_batch = head / args.heads, mask_head = head % args.heads;
   // Keys of this tile of the mask: all where its columns are broadcast.
   const int64_t column_begin = column_block * kKeyBlock;
-  const int64_t column_end = args.columns == 1 || column_begin + kKeyBlock > call.sk ? call.sk : column_begin + kKeyBlock;
+  const int64_t column_end =
+      args.columns == 1 || column_begin + kKeyBlock > call.sk ? call.sk : column_begin + kKeyBlock;
   C* p = scratch<C, 1>(kKeyBlock * kQueryBlock);
   C* ds = scratch<C, 2>(kKeyBlock * kQueryBlock);
   C* sums = scratch<C, 3>(kKeyBlock * kQueryBlock);
@@ -447,9 +280,8 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
           score_gradients(call, block, rows, key, keys, p, ds);
           C* to = sums + (args.columns == 1 ? 0 : key - column_begin) * kQueryBlock;
           for (int j = 0; j < keys; ++j) {
-            for_lanes<C>(block, [&, at = j * kQueryBlock](int i) {
-              store(to + at + i, load(to + at + i) + load(ds + at + i));
-            });
+            for_lanes<C>(
+                block, [&, at = j * kQueryBlock](int i) { store(to + at + i, load(to + at + i) + load(ds + at + i)); });
           }
         }
       });

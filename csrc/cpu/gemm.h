@@ -66,9 +66,10 @@ void multiply_add(int64_t rows, int64_t columns, int64_t depth, const C* a, int6
   const auto panel = [&]<int vectors>(int64_t column) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int count = rows - row < kTileRows ? static_cast<int>(rows - row) : kTileRows;
-      multiply_rows<transposed, vectors>(count, depth, a + row * (transposed ? 1 : a_stride), a_stride, b + column,
-                                         b_stride, c + row * c_stride + column, c_stride,
-                                         {update.set, update.beta == nullptr ? nullptr : update.beta + row, update.alpha});
+      multiply_rows<transposed, vectors>(
+          count, depth, a + row * (transposed ? 1 : a_stride), a_stride, b + column, b_stride,
+          c + row * c_stride + column, c_stride,
+          {update.set, update.beta == nullptr ? nullptr : update.beta + row, update.alpha});
     }
   };
   int64_t column = 0;
