@@ -9,9 +9,7 @@ namespace pyllm {
 
 enum class Isa { portable, avx2, avx512 };
 
-inline const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
-}
+inline const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable"; }
 
 inline Isa best_isa() {
 #if defined(__x86_64__)
@@ -43,16 +41,24 @@ inline Isa chosen_isa() {
 // Declares `void name(const Args&, int64_t begin, int64_t end)` in the namespace of each instruction set, and
 // `pick_name()`, which gives the one to call.
 #if defined(__x86_64__)
-#define PYLLM_KERNEL(name, Args)                               \
-  namespace portable { void name(const Args&, int64_t, int64_t); } \
-  namespace avx2 { void name(const Args&, int64_t, int64_t); }     \
-  namespace avx512 { void name(const Args&, int64_t, int64_t); }   \
-  inline auto pick_##name() {                                  \
-    static const Isa isa = chosen_isa();                       \
+#define PYLLM_KERNEL(name, Args)                                                               \
+  namespace portable {                                                                         \
+  void name(const Args&, int64_t, int64_t);                                                    \
+  }                                                                                            \
+  namespace avx2 {                                                                             \
+  void name(const Args&, int64_t, int64_t);                                                    \
+  }                                                                                            \
+  namespace avx512 {                                                                           \
+  void name(const Args&, int64_t, int64_t);                                                    \
+  }                                                                                            \
+  inline auto pick_##name() {                                                                  \
+    static const Isa isa = chosen_isa();                                                       \
     return isa == Isa::avx512 ? avx512::name : isa == Isa::avx2 ? avx2::name : portable::name; \
   }
 #else
-#define PYLLM_KERNEL(name, Args)                               \
-  namespace portable { void name(const Args&, int64_t, int64_t); } \
+#define PYLLM_KERNEL(name, Args)            \
+  namespace portable {                      \
+  void name(const Args&, int64_t, int64_t); \
+  }                                         \
   inline auto pick_##name() { return portable::name; }
 #endif

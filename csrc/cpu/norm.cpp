@@ -51,18 +51,16 @@ struct Gradients {
 };
 
 // x_dtype is empty where there is no residual: then dresidual is the gradient of x.
-Gradients backward(const Tensor& dy_in, const OptionalTensor& dz_in, const Tensor& z_in, const OptionalTensor& weight_in,
-                   const OptionalTensor& bias, const Tensor* mean, const Tensor& rstd, const Dropout& dropout,
-                   std::optional<ScalarType> x_dtype) {
+Gradients backward(const Tensor& dy_in, const OptionalTensor& dz_in, const Tensor& z_in,
+                   const OptionalTensor& weight_in, const OptionalTensor& bias, const Tensor* mean, const Tensor& rstd,
+                   const Dropout& dropout, std::optional<ScalarType> x_dtype) {
   const Tensor dy = as_contiguous(dy_in), z = as_contiguous(z_in);
   const OptionalTensor dz = as_contiguous(dz_in), weight = as_contiguous(weight_in);
   const Rows rows(z);
   const bool separate = x_dtype.has_value() && (dropout || *x_dtype != z.scalar_type());
   Gradients out;
   out.dresidual = new_empty(z, z.sizes());
-  if (x_dtype.has_value()) {
-    out.dx = separate ? new_empty(z, z.sizes(), *x_dtype) : new_empty(z, {0}, *x_dtype);
-  }
+  if (x_dtype.has_value()) { out.dx = separate ? new_empty(z, z.sizes(), *x_dtype) : new_empty(z, {0}, *x_dtype); }
   out.dweight = weight.has_value() ? new_empty(*weight, weight->sizes()) : new_empty(z, {0});
   out.dbias = bias.has_value() ? new_empty(*bias, bias->sizes()) : new_empty(z, {0});
 
@@ -96,8 +94,9 @@ Gradients backward(const Tensor& dy_in, const OptionalTensor& dz_in, const Tenso
                         .chunks = chunks,
                         .width = rows.width,
                         .compute = z.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32};
-    torch::stable::parallel_for(
-        0, rows.width, kGrain, [&, kernel = pick_column_sum()](int64_t begin, int64_t end) { kernel(sum, begin, end); });
+    torch::stable::parallel_for(0, rows.width, kGrain, [&, kernel = pick_column_sum()](int64_t begin, int64_t end) {
+      kernel(sum, begin, end);
+    });
   }
   return out;
 }

