@@ -713,36 +713,54 @@ def attention_bwd_mask_kernel(
     tl.store(p_tile, rounded(acc, p_dmask.dtype.element_ty), mask=m_tile)
 
 
-# --- tiles: (BLOCK_M, BLOCK_N, num_warps, num_stages), the largest tried that do not spill; none is timed ---
+# --- tiles: BLOCK_M x BLOCK_N x num_warps x num_stages, the largest tried that do not spill; none is timed ---
 
-# Target: pass: (plain, with a mask or dropout), for rows of a head of 128 B, of 256 B, and for fp32, which has no tensor
-# cores: its products are exact. A target that is not here has those of sm_120, whose shared memory is the least.
+# For each pass: heads of up to 128 B in 16 bits, of 256 B, and fp32, whose exact products have no tensor cores; each
+# plain and, after a blank, with a mask or dropout. A target that is not here takes the tiles of sm_120, whose shared
+# memory is the least of NVIDIA's.
 TILES = {
+    "sm_80": {
+        "fwd": ("128x128x8x3 128x64x8x3", "128x64x8x3 128x32x8x2", "64x32x8x1 64x32x8x1"),
+        "key": ("64x128x8x2 32x32x4x1", "64x64x8x1 64x32x8x1", "32x64x8x1 32x64x8x1"),
+        "query": ("64x32x4x1 64x32x4x1", "64x32x8x1 64x32x8x1", "32x64x8x1 32x64x8x1"),
+    },
     "sm_90": {
-        "fwd": (
-            ((128, 128, 8, 3), (128, 64, 8, 3)),
-            ((128, 128, 8, 2), (128, 64, 8, 3)),
-            ((64, 32, 8, 1), (16, 32, 4, 1)),
-        ),
-        "key": (((64, 128, 8, 2), (64, 64, 8, 1)), ((32, 128, 8, 2), (32, 32, 4, 1)), ((32, 64, 8, 1), (32, 64, 8, 1))),
-        "query": (((128, 64, 8, 2),) * 2, ((64, 64, 8, 1),) * 2, ((32, 64, 8, 1),) * 2),
+        "fwd": ("128x128x8x3 128x64x8x3", "128x128x8x2 128x64x8x3", "64x32x8x1 16x32x4x1"),
+        "key": ("64x128x8x2 64x64x8x1", "32x128x8x2 32x32x4x1", "32x64x8x1 32x32x8x1"),
+        "query": ("128x64x8x2 128x64x8x2", "64x64x8x1 64x64x8x1", "32x64x8x1 32x32x8x1"),
+    },
+    "sm_100": {
+        "fwd": ("128x128x8x3 128x64x8x3", "128x64x8x3 128x64x8x3", "64x32x8x1 64x32x8x1"),
+        "key": ("64x128x8x2 128x64x8x2", "32x128x8x2 32x32x4x1", "32x64x8x1 32x64x8x1"),
+        "query": ("64x64x4x1 64x64x4x1", "64x32x4x1 64x32x4x1", "32x64x8x1 32x64x8x1"),
+    },
+    "sm_120": {
+        "fwd": ("128x128x8x3 128x32x8x2", "128x64x8x3 128x32x8x2", "64x32x8x1 64x32x8x1"),
+        "key": ("32x128x8x2 32x32x4x1", "64x64x8x1 64x32x8x1", "32x64x8x1 32x64x8x1"),
+        "query": ("64x32x4x1 64x32x4x1", "64x32x4x1 64x32x4x1", "32x64x8x1 32x64x8x1"),
+    },
+    "gfx942": {
+        "fwd": ("128x128x8x2 128x64x4x2", "128x64x8x2 128x64x8x1", "64x64x8x1 64x64x8x1"),
+        "key": ("64x64x4x2 32x64x4x2", "32x64x4x1 64x32x4x1", "32x32x8x1 32x32x4x1"),
+        "query": ("64x64x4x2 64x64x4x2", "64x64x4x2 64x64x4x2", "32x32x8x1 32x32x8x1"),
     },
 }
-WIDE = (16, 32, 4, 1)  # rows above 256 B
+WIDE = "16x32x4x1"  # heads of more than 256 B
+INTERPRETER = "64x128x4x1"  # keys and queries differ, and its time goes by calls, not elements
 
 
 def _tiles(step: str, target: str, arguments: dict) -> dict:
     """Tile sizes and launch options of one pass on a target, a key of aot.TARGETS or "cpu"."""
-    row = arguments["BLOCK_D"] * arguments["p_q"].element_size()
-    busy = any(arguments[name] is not None for name in ("p_mask", "p_padding", "p_rng"))
+    itemsize = arguments["p_q"].element_size()
+    row = arguments["BLOCK_D"] * itemsize
     if target == "cpu":
-        tile = (64, 128, 4, 1)  # keys and queries differ, and the interpreter's time goes by calls, not elements
+        text = INTERPRETER
     elif row > 256:
-        tile = WIDE
+        text = WIDE
     else:
-        kind = 2 if arguments["p_q"].element_size() > 2 else 0 if row <= 128 else 1
-        tile = TILES.get(target, TILES["sm_90"])[step][kind][busy]
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
+        plain, busy = TILES.get(target, TILES["sm_120"])[step][2 if itemsize > 2 else int(row > 128)].split()
+        text = plain if all(arguments[name] is None for name in ("p_mask", "p_padding", "p_rng")) else busy
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), map(int, text.split("x")), strict=True))
 
 
 @lru_cache
@@ -926,4 +944,8 @@ def aot_variants(target: str) -> Iterator[tuple]:
             with captured() as calls:
                 attention_bwd(dout, lse, *inputs, out, lse, *options, "float" in feature, target)
             torch.use_deterministic_algorithms(False)
-            yield from ((label + " deterministic" * deterministic, *call) for call in calls)
+            yield from (
+                (label + " deterministic" * deterministic, *call)
+                for call in calls
+                if not deterministic or call[0] in (attention_bwd_key_kernel, attention_bwd_query_kernel)
+            )
