@@ -13,7 +13,8 @@ small.
 
 FLOPs: forward 4 B H Sq Sk D, backward 10 (deterministic 14), of which bands leave out what lies outside. Bytes: each of
 the operands and results once, and keys and values once more, from L2, for each tile of queries; backward likewise,
-and 12 B for each element of dq. Statistics and sums are fp32, fp64 for fp64 input.
+and 12 B for each element of dq. Statistics and sums are fp32, fp64 for fp64 input. A tile of fp32 with head_dim 256, or
+of fp64 with 128, may want more shared memory than a small card has, and then Triton raises OutOfResources.
 """
 
 import math
@@ -745,7 +746,7 @@ TILES = {
         "query": ("64x64x4x2 64x64x4x2", "64x64x4x2 64x64x4x2", "32x32x8x1 32x32x8x1"),
     },
 }
-WIDE = "16x32x4x1"  # heads of more than 256 B
+WIDE = "16x16x4x1 16x32x4x1"  # heads of more than 256 B; dropout's mask wants 32 keys
 INTERPRETER = "64x128x4x1"  # keys and queries differ, and its time goes by calls, not elements
 
 
@@ -754,12 +755,12 @@ def _tiles(step: str, target: str, arguments: dict) -> dict:
     itemsize = arguments["p_q"].element_size()
     row = arguments["BLOCK_D"] * itemsize
     if target == "cpu":
-        text = INTERPRETER
+        plain = busy = INTERPRETER
     elif row > 256:
-        text = WIDE
+        plain, busy = WIDE.split()
     else:
         plain, busy = TILES.get(target, TILES["sm_120"])[step][2 if itemsize > 2 else int(row > 128)].split()
-        text = plain if all(arguments[name] is None for name in ("p_mask", "p_padding", "p_rng")) else busy
+    text = plain if all(arguments[name] is None for name in ("p_mask", "p_padding", "p_rng")) else busy
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), map(int, text.split("x")), strict=True))
 
 
