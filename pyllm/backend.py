@@ -29,12 +29,13 @@ class Implementation:
     """One backend's implementation of an operator.
 
     run takes the operator's validated arguments; unfit takes the same and returns why it cannot serve them, or None.
-    fused=False: a composition of several PyTorch calls rather than one kernel.
+    fused takes the same and returns whether one kernel does it, rather than a composition of several PyTorch calls; or
+    it is the answer for every call.
     """
 
     run: Callable
     unfit: Callable[..., str | None] | None = None
-    fused: bool = True
+    fused: Callable[..., bool] | bool = True
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ def select(op: Operator, tensor: Tensor, *args) -> Callable:
                 why = implementation.unfit(tensor, *args)
         if why is None:
             if _recording is not None:
-                _record(op, name, "; ".join([reason, *refusals]), tensor, implementation.fused)
+                fused = implementation.fused
+                fused = fused(tensor, *args) if callable(fused) else fused
+                _record(op, name, "; ".join([reason, *refusals]), tensor, fused)
             return implementation.run
         refusals.append(f"backend {name!r} cannot run {op.name}: {why}")
     raise RuntimeError("; ".join(refusals))

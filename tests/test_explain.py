@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pyllm
+from pyllm import ops
 
 
 def model() -> torch.nn.Module:
@@ -27,6 +28,13 @@ def test_a_default_choice_says_what_it_passed_over(monkeypatch):
     (choice,) = pyllm.explain(pyllm.ops.add_layer_norm, *torch.randn(2, 3, 8), dropout_p=0.5)
     assert choice.backend == "reference"
     assert "it was left at home" in choice.reason and "dropout mask would differ" in choice.reason
+
+
+def test_a_composition_of_torchs_kernels_is_told_from_one():
+    x = torch.randn(4, 4)
+    with pyllm.use_backend("torch"):
+        calls = pyllm.explain(lambda: (ops.softmax(x), ops.softmax(x, scale=0.5), ops.log_softmax(x, is_causal=True)))
+    assert [choice.fused for choice in calls] == [True, False, False]
 
 
 def test_strict_wants_fused_kernels():

@@ -49,6 +49,7 @@ def test_gate_refuses():
     assert "101,377 B of shared memory, sm_120 has 101,376" in aot.verdict(replace(row, shared=101_377))
     assert aot.verdict(replace(row, target="sm_90", shared=101_377)) is None
     assert "spills 8 B" in aot.verdict(replace(row, spills=8))
+    assert "only 4 registers" in aot.verdict(replace(row, registers=4))
     assert "does not compile: boom" in aot.verdict(replace(row, error="boom"))
 
 

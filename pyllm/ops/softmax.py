@@ -120,7 +120,10 @@ def _on_torch(function) -> Implementation:
     def unfit(x, attn_mask, scale, is_causal):
         return None if attn_mask is None else "a mask may leave a row empty, where torch gives NaN"
 
-    return Implementation(run, unfit)
+    def fused(x, attn_mask, scale, is_causal):
+        return scale == 1.0 and not is_causal
+
+    return Implementation(run, unfit, fused)
 
 
 SOFTMAX = Operator(
