@@ -1,6 +1,12 @@
 // Every operator's schema, and nothing else. The same schemas, on Triton, are registered by pyllm/ops.
 #include <torch/csrc/stable/library.h>
 
+// The fields of pyllm.reference.AttentionCall.
+#define PYLLM_ATTENTION_CALL                                                                                      \
+  "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? distance_bias, " \
+  "Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng, float scale, float softcap, "  \
+  "float dropout_p, SymInt left, SymInt right, bool bottom_right"
+
 STABLE_TORCH_LIBRARY(pyllm, m) {
   m.def("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -24,11 +30,8 @@ STABLE_TORCH_LIBRARY(pyllm, m) {
   m.def("softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
   m.def("log_softmax_fwd(Tensor x, Tensor? attn_mask, float scale, bool is_causal) -> Tensor");
   m.def("log_softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
+  m.def("attention_fwd(" PYLLM_ATTENTION_CALL ") -> (Tensor, Tensor)");
   m.def(
-      "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? rng,"
-      " float scale, float dropout_p, SymInt left, SymInt right, bool bottom_right) -> (Tensor, Tensor)");
-  m.def(
-      "attention_bwd(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? attn_mask,"
-      " Tensor? key_padding_mask, Tensor? rng, Tensor out, Tensor lse, float scale, float dropout_p, SymInt left,"
-      " SymInt right, bool bottom_right, bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+      "attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " PYLLM_ATTENTION_CALL
+      ", bool mask_gradient, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -1,10 +1,12 @@
 """Plain-PyTorch truth for every operator, differentiated by autograd.
 
 This file is the specification: every backend is compared with it, in fp64. It is written to be read, not to be fast.
-Shapes: x (..., N); query (B, H, Sq, D); key and value (B, Hkv, Sk, D) with H a multiple of Hkv.
+Shapes: x (..., N); query (B, H, Sq, D); key and value (B, Hkv, Sk, D) with H a multiple of Hkv. Packed: B sequences one
+after the other in query (1, H, Tq, D), key and value (1, Hkv, Tk, D), bounded by cu_seqlens (B + 1).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def dropout_scale(p: float) -> float:
     return 65536 / kept if kept else 0.0
 
 
-def dropout_keep(rng: Tensor, p: float, heads: int, rows: int, cols: int) -> Tensor:
+def dropout_keep(rng: Tensor, p: float, heads: int, rows: int, cols: int, first_head: int = 0) -> Tensor:
     """The dropout mask (heads, rows, cols), True = keep: a pure function of rng, head, row and column.
 
     rng is (seed, offset), of which the low 32 bits of the offset count. `heads` is batch * heads in attention, 1 in a
@@ -48,7 +50,7 @@ def dropout_keep(rng: Tensor, p: float, heads: int, rows: int, cols: int) -> Ten
     is the word of the result and b its half, the low one first.
     """
     grid = torch.meshgrid(
-        torch.arange(heads, device=rng.device),
+        torch.arange(first_head, first_head + heads, device=rng.device),
         torch.arange(rows, device=rng.device),
         torch.arange(cols, device=rng.device),
         indexing="ij",
@@ -134,14 +136,19 @@ def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor
 
 def band(sq: int, sk: int, left: int, right: int, bottom_right: bool, device: torch.device) -> Tensor:
     """(sq, sk), True where i - left <= j <= i + right; -1 is no bound; i is counted from sk - sq if bottom_right."""
-    i = torch.arange(sq, device=device)[:, None] + (sk - sq if bottom_right else 0)
-    j = torch.arange(sk, device=device)[None, :]
+    distance = _distance(sq, sk, bottom_right, device)
     keep = torch.ones(sq, sk, dtype=torch.bool, device=device)
     if left >= 0:
-        keep &= j >= i - left
+        keep &= distance >= -left
     if right >= 0:
-        keep &= j <= i + right
+        keep &= distance <= right
     return keep
+
+
+def _distance(sq: int, sk: int, bottom_right: bool, device: torch.device) -> Tensor:
+    """j - i of query i and key j (sq, sk); i is counted from sk - sq if bottom_right."""
+    i = torch.arange(sq, device=device)[:, None] + (sk - sq if bottom_right else 0)
+    return torch.arange(sk, device=device)[None, :] - i
 
 
 def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,34 +162,85 @@ def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
     return exps / safe, torch.where(some, safe.log() + peak, -math.inf)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-) -> tuple[Tensor, Tensor]:
-    """dropout(softmax(scale * query key^T + mask)) value and the log-sum-exp of the scores (B, H, Sq).
+class AttentionCall(NamedTuple):
+    """The arguments of attention's kernels, in the order of their schemas. D, scale and softcap are as users give them."""
 
-    attn_mask broadcasts to (B, H, Sq, Sk): boolean, True = take part; or floating, added. key_padding_mask (B, Sk),
-    True = ignore. left and right bound j - i as in `band`. Statistics are fp32, or fp64 for fp64 input.
+    query: Tensor  # (B, H, Sq, D); packed: (1, H, Tq, D)
+    key: Tensor  # (B, Hkv, Sk, D); packed: (1, Hkv, Tk, D)
+    value: Tensor  # as key
+    attn_mask: Tensor | None  # each of (B, H, Sq, Sk) or 1 there; packed: Sq and Sk at least the longest sequences'
+    key_padding_mask: Tensor | None  # (B, Sk); packed: (1, Tk); True = ignore
+    distance_bias: Tensor | None  # (H, 2R + 1), added at j - i, beyond -R..R as there; statistics type
+    alibi_slopes: Tensor | None  # (B or 1, H), times -|j - i|; statistics type
+    cu_seqlens_q: Tensor | None  # (B + 1,) int32: where in Tq each packed sequence begins, and Tq
+    cu_seqlens_k: Tensor | None  # (B + 1,) int32: the same in Tk
+    rng: Tensor | None  # (2,) int64: seed, offset
+    scale: float
+    softcap: float  # 0: none
+    dropout_p: float
+    left: int  # j >= i - left; -1: no bound
+    right: int  # j <= i + right; -1: no bound
+    bottom_right: bool  # i is counted from Sk - Sq, of each sequence
+
+
+def attention(*args) -> tuple[Tensor, Tensor]:
+    """dropout(softmax(score + mask)) value and the log-sum-exp of the scores (B, H, Sq); packed: (1, H, Tq).
+
+    Takes the fields of an `AttentionCall`. score of query i and key j: softcap * tanh(scale q.k / softcap), or scale q.k
+    at softcap 0, + attn_mask + distance_bias of j - i - slope |j - i|, for the keys that the boolean masks, the padding
+    and the band leave. Statistics are fp32, or fp64 for fp64 input.
     """
-    batch, heads, sq, _ = query.shape
-    kv_heads, sk = key.shape[1:3]
-    key, value = (t.repeat_interleave(heads // kv_heads, 1) for t in (key, value))
-    scores = (query @ key.mT) * scale
-    scores = scores.masked_fill(~band(sq, sk, left, right, bottom_right, query.device), -math.inf)
-    if key_padding_mask is not None:
-        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
-    weights, lse = _probabilities(_masked(scores, attn_mask, False))
-    if dropout_p > 0.0:
-        keep = dropout_keep(rng, dropout_p, batch * heads, sq, sk).view(batch, heads, sq, sk)
-        weights = torch.where(keep, weights * dropout_scale(dropout_p), 0.0)
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    call = AttentionCall(*args)
+    if call.cu_seqlens_q is None:
+        return _dense_attention(call, 0)
+    parts = [_dense_attention(*sequence) for sequence in _sequences(call)]
+    parts = parts or [_dense_attention(call, 0)]  # no sequence: nothing to cut
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _sequences(call: AttentionCall):
+    """(call of one sequence, its index), for every packed sequence."""
+    bounds_q, bounds_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    for index in range(len(bounds_q) - 1):
+        rows = slice(bounds_q[index], bounds_q[index + 1])
+        keys = slice(bounds_k[index], bounds_k[index + 1])
+        mask, slopes, padding = call.attn_mask, call.alibi_slopes, call.key_padding_mask
+        if mask is not None:
+            mask = mask if mask.shape[0] == 1 else mask[index : index + 1]
+            mask = mask if mask.shape[2] == 1 else mask[:, :, : rows.stop - rows.start]
+            mask = mask if mask.shape[3] == 1 else mask[..., : keys.stop - keys.start]
+        one = call._replace(
+            query=call.query[:, :, rows],
+            key=call.key[:, :, keys],
+            value=call.value[:, :, keys],
+            attn_mask=mask,
+            key_padding_mask=None if padding is None else padding[:, keys],
+            alibi_slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1],
+        )
+        yield one, index
+
+
+def _dense_attention(call: AttentionCall, first_batch: int) -> tuple[Tensor, Tensor]:
+    batch, heads, sq, _ = call.query.shape
+    kv_heads, sk = call.key.shape[1:3]
+    key, value = (t.repeat_interleave(heads // kv_heads, 1) for t in (call.key, call.value))
+    scores = (call.query @ key.mT) * call.scale
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    distance = _distance(sq, sk, call.bottom_right, scores.device)
+    if call.distance_bias is not None:
+        reach = call.distance_bias.shape[1] // 2
+        scores = scores + call.distance_bias[:, distance.clamp(-reach, reach) + reach].to(scores.dtype)
+    if call.alibi_slopes is not None:
+        scores = scores - (call.alibi_slopes[:, :, None, None] * distance.abs()).to(scores.dtype)
+    scores = scores.masked_fill(
+        ~band(sq, sk, call.left, call.right, call.bottom_right, call.query.device), -math.inf
+    )
+    if call.key_padding_mask is not None:
+        scores = scores.masked_fill(call.key_padding_mask[:, None, None, :], -math.inf)
+    weights, lse = _probabilities(_masked(scores, call.attn_mask, False))
+    if call.dropout_p > 0.0:
+        keep = dropout_keep(call.rng, call.dropout_p, batch * heads, sq, sk, first_batch * heads)
+        weights = torch.where(keep.view(weights.shape), weights * dropout_scale(call.dropout_p), 0.0)
+    statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     return weights.to(value.dtype) @ value, lse.squeeze(-1).to(statistics)

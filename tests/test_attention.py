@@ -1,11 +1,11 @@
 """Attention's contract, the same on every backend."""
 
 import functools
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
+from attention_case import BOTTOM, CAUSAL, DROPOUT, Case
 from conftest import TARGETS
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyllm
 from pyllm import reference
-from pyllm.ops import attention
+from pyllm.ops import RelativeBias, attention, attention_varlen
 from pyllm.ops._registration import draw_rng
 from pyllm.testing import DTYPES, check, evaluate, randn
 
@@ -26,68 +26,6 @@ OTHERS = [d for d in DTYPES if d != torch.float32]
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
-
-@dataclass(frozen=True)
-class Case:
-    """One call. mask and padding tell what `inputs` makes; fits_torch whether PyTorch's own kernel can serve it."""
-
-    name: str
-    batch: int = 2
-    heads: int = 2
-    kv_heads: int = 2
-    sq: int = 7
-    sk: int = 7
-    dim: int = 8
-    layout: str = "bhsd"  # packed: views of (B, S, 3, H, D)
-    mask: tuple[int, ...] | None = None
-    mask_kind: str = "bool"  # bool, float (query's dtype), float32, frozen (float without gradient), lowest
-    padding: bool = False
-    fits_torch: bool = False
-    options: dict = field(default_factory=dict)
-
-    def inputs(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-        """Leaf tensors by name; `call` makes query, key and value of them."""
-        b, h, hkv, sq, sk, d = self.batch, self.heads, self.kv_heads, self.sq, self.sk, self.dim
-        make = functools.partial(randn, dtype=dtype, device=device)
-        if self.layout == "packed":
-            made = {"qkv": make(b, sq, 3, h, d)}
-        else:
-            shapes = {"query": (b, h, sq, d), "key": (b, hkv, sk, d), "value": (b, hkv, sk, d)}
-            order = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "bhds": (0, 1, 3, 2)}[self.layout]
-            made = {name: make(*(shape[i] for i in order)) for name, shape in shapes.items()}
-        if self.mask is not None:
-            made["attn_mask"] = self._mask(dtype, device)
-        if self.padding:
-            keys = torch.arange(sk, device=device)
-            lengths = torch.tensor([0, *[max(1, sk - 3 - i) for i in range(b - 1)]], device=device)
-            made["key_padding_mask"] = keys >= lengths[:, None]
-        return made
-
-    def _mask(self, dtype, device) -> Tensor:
-        chosen = (torch.rand(self.mask) > 0.3).to(device)
-        if self.mask_kind == "bool":
-            return chosen
-        dtype = torch.float32 if self.mask_kind == "float32" else dtype
-        values = randn(*self.mask, dtype=dtype, device=device, grad=False)
-        if self.mask_kind == "lowest":
-            return torch.where(chosen & (torch.arange(self.mask[-2], device=device) != 1)[:, None], values, _LOWEST)
-        return torch.where(chosen, values, -torch.inf).requires_grad_(self.mask_kind != "frozen")
-
-    def call(self, qkv=None, query=None, key=None, value=None, **masks):
-        """The attention of what `inputs` made, with the log-sum-exp where PyTorch's kernel need not serve it."""
-        if self.layout == "packed":
-            query, key, value = qkv.unbind(2)
-        if self.layout in ("packed", "bshd"):
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        elif self.layout == "bhds":
-            query, key, value = query.mT, key.mT, value.mT
-        return attention(query, key, value, return_lse=not self.fits_torch, **masks, **self.options)
-
-
-_LOWEST = torch.finfo(torch.float16).min  # what models add in place of -inf; the second row holds nothing else
-BOTTOM = {"causal_alignment": "bottom_right"}
-CAUSAL = {"is_causal": True}
-DROPOUT = {"dropout_p": 0.3}
 
 CASES = [
     # sizes
@@ -145,6 +83,24 @@ CASES = [
     ),
     Case("frozen-float", sq=33, sk=40, mask=(2, 1, 33, 40), mask_kind="frozen", padding=True),
     Case("lowest-float", mask=(7, 7), mask_kind="lowest"),
+    # biases by distance, softcap
+    Case("t5-encoder", heads=4, kv_heads=4, sq=65, sk=65, dim=16, relative="bidirectional"),
+    Case("t5-decoder", sq=33, sk=130, relative="causal", options=CAUSAL | BOTTOM | DROPOUT),
+    Case("alibi", sq=65, sk=70, alibi="head", options=CAUSAL | BOTTOM),
+    Case("alibi-batch", heads=4, kv_heads=2, sq=33, sk=40, alibi="batch", padding=True, options=DROPOUT),
+    Case("softcap", sq=65, sk=66, dim=40, options={"softcap": 2.0}),
+    Case(
+        "every-bias", heads=4, sq=33, sk=65, mask=(4, 33, 65), mask_kind="float", padding=True, alibi="head",
+        relative="bidirectional", options={"softcap": 3.0, "window": (20, 30)} | DROPOUT,
+    ),
+    # packed sequences
+    Case("varlen", lengths=((65, 65), (1, 1), (0, 0), (7, 7), (130, 130)), dim=40),
+    Case("varlen-causal", heads=4, lengths=((33, 70), (0, 5), (64, 3), (9, 0)), options=CAUSAL | BOTTOM | DROPOUT),
+    Case(
+        "varlen-every-bias", lengths=((40, 33), (70, 64)), mask=(2, 1, 70, 64), mask_kind="float", padding=True,
+        relative="causal", alibi="batch", options={"softcap": 3.0, "window": (50, -1)} | DROPOUT,
+    ),
+    Case("varlen-none", lengths=((0, 0),)),
     # dropout
     Case("dropout", batch=1, sq=66, sk=130, dim=64, options=DROPOUT),
     Case("all-dropped", sk=40, options={"dropout_p": 1.0}),

@@ -47,13 +47,19 @@ def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
         yield f"{name}_bwd", (x, torch.rand_like(x), 0.7)
     q, k, v = t(2, 4, 7, 16), t(2, 2, 9, 16), t(2, 2, 9, 16)
     mask, padding = t(1, 4, 1, 9), torch.rand(2, 9, device=device) > 0.8
-    options = (0.25, 0.3, -1, 0, True)
-    yield "attention_fwd", (q, k, v, mask, padding, rng, *options)
-    yield "attention_fwd", (q, k, v, None, None, None, 0.25, 0.0, -1, -1, False)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    out, lse = t(2, 7, 4, 16).transpose(1, 2), torch.randn(2, 4, 7, dtype=statistics, device=device)
-    yield "attention_bwd", (out, lse, q, k, v, mask, padding, rng, out, lse, *options, True)
-    yield "attention_bwd", (out, None, q, k, v, None, None, None, out, lse, 0.25, 0.0, -1, -1, False, False)
+    by_distance, slopes = torch.randn(4, 5, dtype=statistics, device=device), torch.rand(1, 4, device=device).to(statistics)
+    full = (q, k, v, mask, padding, by_distance, slopes, None, None, rng, 0.25, 5.0, 0.3, -1, 0, True)
+    plain = (q, k, v, *(None,) * 7, 0.25, 0.0, 0.0, -1, -1, False)
+    packed_q, packed_k = t(1, 4, 7, 16), t(1, 2, 9, 16)
+    bounds = [torch.tensor(b, dtype=torch.int32, device=device) for b in ([0, 3, 7], [0, 9, 9])]
+    packed = (packed_q, packed_k, packed_k.clone(), *(None,) * 4, *bounds, None, 0.25, 0.0, 0.0, -1, -1, False)
+    for call in (full, plain, packed):
+        yield "attention_fwd", call
+        out = torch.randn_like(call[0].transpose(1, 2).contiguous()).transpose(1, 2)
+        lse = torch.randn(call[0].shape[:3], dtype=statistics, device=device)
+        dlse, asked = (lse, (True, True)) if call is full else (None, (False, False))
+        yield "attention_bwd", (out, dlse, out, lse, *call, *asked)
 
 
 @pytest.mark.parametrize("device", DEVICES)

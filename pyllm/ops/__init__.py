@@ -1,7 +1,18 @@
 """Functional operators; every one runs on every backend that `pyllm.backends()` lists."""
 
-from pyllm.ops.attention import attention
+from pyllm.ops.attention import attention, attention_varlen
 from pyllm.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from pyllm.ops.relative_bias import RelativeBias
 from pyllm.ops.softmax import log_softmax, softmax
 
-__all__ = ["add_layer_norm", "add_rms_norm", "attention", "layer_norm", "log_softmax", "rms_norm", "softmax"]
+__all__ = [
+    "RelativeBias",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "attention_varlen",
+    "layer_norm",
+    "log_softmax",
+    "rms_norm",
+    "softmax",
+]

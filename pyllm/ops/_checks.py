@@ -1,5 +1,6 @@
 """Argument checks of the operators, written once. They name the operator, the argument and what was expected."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -55,3 +56,15 @@ def attention_mask(op: str, mask: Tensor, other: Tensor, first: str) -> None:
     same_device(op, "attn_mask", mask, first, other)
     if mask.dtype not in (torch.bool, torch.float32, other.dtype):
         raise TypeError(f"{op}: attn_mask must be bool, float32 or {other.dtype}, as {first}, got {mask.dtype}")
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether a check may read the tensor's values: on the CPU, elsewhere only with PYLLM_DEBUG=1; never in a trace."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    return tensor.is_cpu or (not tensor.is_meta and os.environ.get("PYLLM_DEBUG") == "1")
+
+
+def short(values: Sequence) -> str:
+    """A list for an error message."""
+    return str(values) if len(values) <= 16 else f"[{', '.join(map(str, values[:8]))}, ... {values[-1]}]"

@@ -1,4 +1,7 @@
-"""Scaled dot-product attention with masks, grouped heads and dropout in one pass over the keys."""
+"""Scaled dot-product attention with masks, biases, grouped heads and dropout in one pass over the keys.
+
+`attention` takes batches (B, H, S, D), `attention_varlen` packed sequences (T, H, D); both are the same kernels.
+"""
 
 import math
 
@@ -14,6 +17,8 @@ from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._autocast import lower_precision
 from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
+from pyllm.ops.relative_bias import RelativeBias
+from pyllm.reference import AttentionCall
 
 
 def attention(
@@ -26,78 +31,211 @@ def attention(
     is_causal: bool = False,
     causal_alignment: str = "top_left",
     window: tuple[int, int] | None = None,
+    relative_bias: RelativeBias | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """dropout(softmax(scale * query key^T + masks)) value, tile by tile with online softmax (Dao et al., 2022).
+    """dropout(softmax(score + masks)) value, tile by tile with online softmax (Dao et al., 2022).
 
     query (B, H, Sq, D), key and value (B, Hkv, Sk, D), H a multiple of Hkv, D from 1 to 256, one dtype out of float32,
     float64, bfloat16 and float16; any strides with a contiguous last dimension are read in place.
+    The score of query i and key j is softcap * tanh(scale q.k / softcap), or scale q.k at softcap 0, + attn_mask +
+    relative_bias of j - i - alibi_slopes * |j - i|. scale defaults to 1 / sqrt(D).
     attn_mask broadcasts to (B, H, Sq, Sk): boolean, True = take part (as in `scaled_dot_product_attention`), or query's
     dtype or float32, added, with a gradient if it requires one. key_padding_mask (B, Sk) bool: True = ignore.
+    relative_bias: T5's, whose table gets a gradient. alibi_slopes (H,) or (B, H), without one (Press et al., 2022).
     is_causal keeps j <= i, window=(left, right) keeps i - left <= j <= i + right (-1: no bound);
-    causal_alignment="bottom_right" counts i from Sk - Sq in both. scale defaults to 1 / sqrt(D).
+    causal_alignment="bottom_right" counts i from Sk - Sq in all of these.
     A query with nothing to attend to gives output 0, lse -inf and gradient 0.
     Returns (B, H, Sq, D) in query's dtype, stored as (B, Sq, H, D); with return_lse also the natural log-sum-exp of the
     scores (B, H, Sq), float32 (float64 for float64), differentiable.
     Raises TypeError, ValueError or RuntimeError for a dtype, a shape, a value or a device that does not fit.
     """
     query, key, value = lower_precision(query, key, value)
-    _check(query, key, value, attn_mask, key_padding_mask, causal_alignment, window, dropout_p)
+    op = "attention"
+    _check_operands(op, query, key, value, 4)
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(f"{op}: key must have query's batch size {query.shape[0]}, got {key.shape[0]}")
+    batch, heads, sq, _ = query.shape
+    sk = key.shape[2]
     if attn_mask is not None:
+        _checks.attention_mask(op, attn_mask, query, "query")
+        _checks.broadcasts(op, "attn_mask", attn_mask, (batch, heads, sq, sk), "(B, H, Sq, Sk)")
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-    left, right = (-1, -1) if window is None else window
-    args = (
-        query,
-        key,
-        value,
-        attn_mask,
-        key_padding_mask,
-        draw_rng(query, dropout_p),
-        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        float(dropout_p),
-        left,
-        0 if is_causal else right,
-        causal_alignment == "bottom_right",
-    )
-    out, lse = select(ATTENTION, *args, return_lse)(*args, return_lse)
+    if key_padding_mask is not None:
+        _check_padding(op, key_padding_mask, query, (batch, sk), "(B, Sk)")
+    biases = _biases(op, query, batch, relative_bias, alibi_slopes)
+    options = _options(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p)
+    rng = draw_rng(query, dropout_p)
+    call = (query, key, value, attn_mask, key_padding_mask, *biases, None, None, rng, *options)
+    out, lse = select(ATTENTION, *call, return_lse)(*call, return_lse)
     return (out, lse) if return_lse else out
 
 
-def _check(query, key, value, attn_mask, key_padding_mask, causal_alignment, window, dropout_p) -> None:
-    op = "attention"
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    window: tuple[int, int] | None = None,
+    relative_bias: RelativeBias | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` on B sequences packed one after the other, without padding.
+
+    query (Tq, H, D), key and value (Tk, Hkv, D); sequence b is query[cu_seqlens_q[b]:cu_seqlens_q[b + 1]], and likewise
+    of key and value. cu_seqlens_* (B + 1,) int32, from 0 up to Tq and Tk; sequences may be empty.
+    attn_mask broadcasts to (B, H, max_seqlen_q, max_seqlen_k), indexed by positions in the sequence, key_padding_mask is
+    (Tk,); everything else means what it means in `attention`, for each sequence, dropout to the bit.
+    max_seqlen_*: the longest sequences, needed with an attn_mask that is not broadcast there; nothing else uses them.
+    Returns (Tq, H, D); with return_lse also the log-sum-exp (H, Tq).
+    Raises as `attention` does. On a GPU the contents of cu_seqlens_* are checked only with PYLLM_DEBUG=1, which
+    synchronises.
+    """
+    query, key, value = lower_precision(query, key, value)
+    op = "attention_varlen"
+    _check_operands(op, query, key, value, 3)
+    batch = _check_sequences(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if attn_mask is not None:
+        _checks.attention_mask(op, attn_mask, query, "query")
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+        sizes = (batch, query.shape[1], max_seqlen_q or 1, max_seqlen_k or 1)
+        _checks.broadcasts(op, "attn_mask", attn_mask, sizes, "(B, H, max_seqlen_q, max_seqlen_k)")
+    if key_padding_mask is not None:
+        _check_padding(op, key_padding_mask, query, (key.shape[0],), "(Tk,)")
+        key_padding_mask = key_padding_mask[None]
+    biases = _biases(op, query, batch, relative_bias, alibi_slopes)
+    options = _options(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    rng = draw_rng(query, dropout_p)
+    call = (query, key, value, attn_mask, key_padding_mask, *biases, cu_seqlens_q, cu_seqlens_k, rng, *options)
+    out, lse = select(ATTENTION, *call, return_lse)(*call, return_lse)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
+
+
+# --- checks ---
+
+
+def _check_operands(op: str, query: Tensor, key: Tensor, value: Tensor, dims: int) -> None:
+    """Dtypes, devices, heads and head_dim of (B, H, S, D) or (T, H, D)."""
     _checks.floating(op, "query", query)
     _checks.like(op, "key", key, "query", query)
     _checks.like(op, "value", value, "query", query)
-    if query.dim() != 4:
-        raise ValueError(f"{op}: query must have 4 dimensions (B, H, Sq, D), got {tuple(query.shape)}")
-    batch, heads, sq, dim = query.shape
-    if key.dim() != 4:
-        raise ValueError(f"{op}: key must have 4 dimensions (B, Hkv, Sk, D), got {tuple(key.shape)}")
-    kv_heads, sk = key.shape[1:3]
-    _checks.shape(op, "key", key, (batch, kv_heads, sk, dim), "(B, Hkv, Sk, D)")
-    _checks.shape(op, "value", value, (batch, kv_heads, sk, dim), "(B, Hkv, Sk, D), as key,")
+    names = "(B, H, Sq, D)" if dims == 4 else "(Tq, H, D)"
+    if query.dim() != dims:
+        raise ValueError(f"{op}: query must have {dims} dimensions {names}, got {tuple(query.shape)}")
+    names = "(B, Hkv, Sk, D)" if dims == 4 else "(Tk, Hkv, D)"
+    if key.dim() != dims:
+        raise ValueError(f"{op}: key must have {dims} dimensions {names}, got {tuple(key.shape)}")
+    dim, heads, kv_heads = query.shape[-1], query.shape[1], key.shape[1]
+    expected = (*(query.shape[:1] if dims == 4 else key.shape[:1]), *key.shape[1:-1], dim)
+    _checks.shape(op, "key", key, expected, names)
+    _checks.shape(op, "value", value, expected, f"{names}, as key,")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{op}: query's {heads} heads must be a multiple of key's {kv_heads}")
     if not 1 <= dim <= 256:
         raise ValueError(f"{op}: query must have a head_dim from 1 to 256, got {dim}")
-    if attn_mask is not None:
-        _checks.attention_mask(op, attn_mask, query, "query")
-        _checks.broadcasts(op, "attn_mask", attn_mask, (batch, heads, sq, sk), "(B, H, Sq, Sk)")
-    if key_padding_mask is not None:
-        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"{op}: key_padding_mask must be a bool Tensor, True = ignore")
-        _checks.same_device(op, "key_padding_mask", key_padding_mask, "query", query)
-        _checks.shape(op, "key_padding_mask", key_padding_mask, (batch, sk), "(B, Sk)")
+
+
+def _check_sequences(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> int:
+    """The number of packed sequences."""
+    sides = (("q", cu_seqlens_q, max_seqlen_q, query), ("k", cu_seqlens_k, max_seqlen_k, key))
+    for side, bounds, longest, packed in sides:
+        name = f"cu_seqlens_{side}"
+        if not isinstance(bounds, Tensor) or bounds.dtype != torch.int32:
+            raise TypeError(f"{op}: {name} must be an int32 Tensor")
+        _checks.same_device(op, name, bounds, "query", query)
+        if bounds.dim() != 1 or bounds.shape[0] < 1:
+            raise ValueError(f"{op}: {name} must have shape (B + 1,), got {tuple(bounds.shape)}")
+        if longest is not None and (not isinstance(longest, int) or longest < 0):
+            raise ValueError(f"{op}: max_seqlen_{side} must be an int, 0 or more, or None, got {longest}")
+        if _checks.can_look(bounds):
+            values = bounds.tolist()
+            lengths = [end - begin for begin, end in zip(values, values[1:], strict=False)]
+            if values[0] != 0 or values[-1] != packed.shape[0] or min(lengths, default=0) < 0:
+                raise ValueError(
+                    f"{op}: {name} must go from 0 up to {packed.shape[0]}, never decreasing, got {_checks.short(values)}"
+                )
+            if longest is not None and max(lengths, default=0) > longest:
+                raise ValueError(f"{op}: max_seqlen_{side} is {longest}, but a sequence has length {max(lengths)}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"{op}: cu_seqlens_k must have the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}, "
+            f"got {tuple(cu_seqlens_k.shape)}"
+        )
+    return cu_seqlens_q.shape[0] - 1
+
+
+def _check_padding(op: str, key_padding_mask: Tensor, query: Tensor, shape: tuple, meaning: str) -> None:
+    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+        raise TypeError(f"{op}: key_padding_mask must be a bool Tensor, True = ignore")
+    _checks.same_device(op, "key_padding_mask", key_padding_mask, "query", query)
+    _checks.shape(op, "key_padding_mask", key_padding_mask, shape, meaning)
+
+
+def _biases(op: str, query: Tensor, batch: int, relative_bias, alibi_slopes) -> tuple[Tensor | None, Tensor | None]:
+    """(distance_bias, alibi_slopes) as the kernels take them."""
+    if relative_bias is None and alibi_slopes is None:
+        return None, None
+    heads = query.shape[1]
+    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    distance_bias = None
+    if relative_bias is not None:
+        if not isinstance(relative_bias, RelativeBias):
+            raise TypeError(f"{op}: relative_bias must be a RelativeBias, got {type(relative_bias).__name__}")
+        table = relative_bias.table
+        _checks.same_device(op, "relative_bias", table, "query", query)
+        if table.shape[1] != heads:
+            raise ValueError(f"{op}: relative_bias must have a table for {heads} heads, got {tuple(table.shape)}")
+        distance_bias = relative_bias.by_distance().to(statistics).contiguous()
+    if alibi_slopes is not None:
+        if not isinstance(alibi_slopes, Tensor) or not alibi_slopes.is_floating_point():
+            raise TypeError(f"{op}: alibi_slopes must be a floating Tensor")
+        _checks.same_device(op, "alibi_slopes", alibi_slopes, "query", query)
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: alibi_slopes must not require a gradient, they get none")
+        if alibi_slopes.dim() == 1:
+            alibi_slopes = alibi_slopes[None]
+        if alibi_slopes.dim() != 2 or alibi_slopes.shape[0] not in (1, batch) or alibi_slopes.shape[1] != heads:
+            raise ValueError(
+                f"{op}: alibi_slopes must have shape (H,) or (B, H) = ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
+            )
+        alibi_slopes = alibi_slopes.to(statistics).contiguous()
+    return distance_bias, alibi_slopes
+
+
+def _options(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p) -> tuple:
+    """scale, softcap, dropout_p, left, right, bottom_right, checked."""
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"{op}: causal_alignment must be 'top_left' or 'bottom_right', got {causal_alignment!r}")
     if window is not None and (len(window) != 2 or min(window) < -1):
         raise ValueError(f"{op}: window must be (left, right), each -1 or more, got {window}")
+    if not isinstance(softcap, (int, float)) or not 0.0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be a finite number, 0 (none) or more, got {softcap}")
     _checks.probability(op, "dropout_p", dropout_p)
+    left, right = (-1, -1) if window is None else window
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    right = 0 if is_causal else right
+    return scale, float(softcap), float(dropout_p), left, right, causal_alignment == "bottom_right"
 
 
-# --- operators as PyTorch's dispatcher knows them: attn_mask has 4 dimensions, each of full size or 1 ---
+# --- operators as PyTorch's dispatcher knows them: the fields of an AttentionCall ---
 
 
 def _like(x: Tensor) -> Tensor:
@@ -113,8 +251,13 @@ def attention_fwd(
     value: Tensor,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
+    distance_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     rng: Tensor | None,
     scale: float,
+    softcap: float,
     dropout_p: float,
     left: int,
     right: int,
@@ -128,62 +271,84 @@ def attention_fwd(
 def attention_bwd(
     dout: Tensor,
     dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
+    distance_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     rng: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     scale: float,
+    softcap: float,
     dropout_p: float,
     left: int,
     right: int,
     bottom_right: bool,
     mask_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dquery, dkey, dvalue, dattn_mask ((0,) unless asked for)
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # dquery, dkey, dvalue; dattn_mask and ddistance_bias, each (0,) unless asked for
     dmask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
-    return _like(query), _like(key), _like(value), dmask
+    dbias = distance_bias.new_empty(distance_bias.shape) if bias_gradient else query.new_empty(0)
+    return _like(query), _like(key), _like(value), dmask, dbias
 
 
-def _pairs(query_shape, key_shape, left: int, right: int, bottom_right: bool) -> int:
-    """Query-key pairs inside the band, for all batches and heads."""
-    batch, heads, sq, _ = query_shape
-    sk = key_shape[2]
+def _pairs(call: AttentionCall) -> int:
+    """Query-key pairs inside the band, for all batches and heads; packed sequences of unknown lengths count as equal."""
+    batch, heads, sq, _ = call.query.shape
+    sk = call.key.shape[2]
+    if call.cu_seqlens_q is None:
+        return batch * heads * _pairs_of_one(sq, sk, call)
+    bounds = (call.cu_seqlens_q, call.cu_seqlens_k)
+    count = bounds[0].shape[0] - 1
+    if any(type(b) is not Tensor or b.is_meta for b in bounds):
+        return heads * count * _pairs_of_one(sq // max(count, 1), sk // max(count, 1), call)
+    lengths = (b.diff().tolist() for b in bounds)
+    return heads * sum(_pairs_of_one(*one, call) for one in zip(*lengths, strict=True))
+
+
+def _pairs_of_one(sq: int, sk: int, call: AttentionCall) -> int:
+    left, right = call.left, call.right
     if left < 0 and right < 0:
-        return batch * heads * sq * sk
-    shift = sk - sq if bottom_right else 0
+        return sq * sk
+    shift = sk - sq if call.bottom_right else 0
     rows = (
         min(sk - 1, i + right if right >= 0 else sk - 1) - max(0, i - left if left >= 0 else 0) + 1
         for i in range(shift, sq + shift)
     )
-    return batch * heads * sum(max(0, n) for n in rows)
+    return sum(max(0, n) for n in rows)
 
 
-def _forward_flops(query, key, value, mask, padding, rng, scale, p, left, right, bottom_right, *, out_val=None, **_):
-    return 4 * query[-1] * _pairs(query, key, left, right, bottom_right)
+def _forward_flops(*args, **_):
+    call = AttentionCall(*args)
+    return 4 * call.query.shape[-1] * _pairs(call)
 
 
-def _backward_flops(dout, dlse, query, key, *rest, out_val=None, **_):
-    left, right, bottom_right, _ = rest[-4:]
-    return 10 * query[-1] * _pairs(query, key, left, right, bottom_right)
+def _backward_flops(dout, dlse, out, lse, *args, **_):
+    call = AttentionCall(*args[: len(AttentionCall._fields)])
+    return 10 * call.query.shape[-1] * _pairs(call)
 
 
 for _formula, _kernel in ((_forward_flops, attention_fwd), (_backward_flops, attention_bwd)):
     for _overload in (_kernel.native, _kernel.triton):
         if _overload is not None:
-            register_flop_formula(_overload.overloadpacket)(_formula)
+            register_flop_formula(_overload.overloadpacket, get_raw=True)(_formula)
+
+_TENSORS = AttentionCall._fields.index("scale")  # the fields before it
 
 
 def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
     class Attention(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, query, key, value, attn_mask, key_padding_mask, rng, *options):
-            tensors = (query, key, value, attn_mask, key_padding_mask, rng)
-            out, lse = fwd(*tensors, *options)
-            ctx.save_for_backward(*tensors, out, lse)
-            ctx.options = options
+        def forward(ctx, *call):
+            out, lse = fwd(*call)
+            ctx.save_for_backward(*call[:_TENSORS], out, lse)
+            ctx.options = call[_TENSORS:]
             ctx.set_materialize_grads(False)
             return out, lse
 
@@ -192,38 +357,47 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
         def backward(ctx, dout, dlse):
             *tensors, out, lse = ctx.saved_tensors
             dout = torch.zeros_like(out) if dout is None else dout
-            mask_gradient = ctx.needs_input_grad[3]
-            dquery, dkey, dvalue, dmask = bwd(dout, dlse, *tensors, out, lse, *ctx.options, mask_gradient)
-            return dquery, dkey, dvalue, dmask if mask_gradient else None, *(None,) * 7
+            wanted = dict(zip(AttentionCall._fields, ctx.needs_input_grad, strict=True))
+            asked = (wanted["attn_mask"], wanted["distance_bias"])
+            dquery, dkey, dvalue, dmask, dbias = bwd(dout, dlse, out, lse, *tensors, *ctx.options, *asked)
+            rest = (None,) * (len(wanted) - 6)
+            return dquery, dkey, dvalue, dmask if asked[0] else None, None, dbias if asked[1] else None, *rest
 
-    def run(query, key, value, attn_mask, key_padding_mask, rng, *options):
-        *options, _return_lse = options
-        if needs_grad(query, key, value, attn_mask):
-            return apply(Attention, query, key, value, attn_mask, key_padding_mask, rng, *options)
-        return fwd(query, key, value, attn_mask, key_padding_mask, rng, *options)
+    def run(*args):
+        *args, _return_lse = args
+        call = AttentionCall(*args)
+        if needs_grad(call.query, call.key, call.value, call.attn_mask, call.distance_bias):
+            return apply(Attention, *args)
+        return fwd(*args)
 
     return Implementation(run)
 
 
-def _sdpa(query, key, value, attn_mask, key_padding_mask, rng, scale, p, left, right, bottom_right, return_lse):
+def _sdpa(*args):
+    call = AttentionCall(*args[:-1])
+    query, key, value = call.query, call.key, call.value
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
-        query, key, value, is_causal=right == 0, scale=scale, enable_gqa=grouped
+        query, key, value, is_causal=call.right == 0, scale=call.scale, enable_gqa=grouped
     ), None
 
 
-def _unfit_for_sdpa(
-    query, key, value, attn_mask, key_padding_mask, rng, scale, p, left, right, bottom_right, return_lse
-) -> str | None:
-    if attn_mask is not None or key_padding_mask is not None:
+def _unfit_for_sdpa(*args) -> str | None:
+    *args, return_lse = args
+    call = AttentionCall(*args)
+    if call.cu_seqlens_q is not None:
+        return "it takes no packed sequences"
+    if call.attn_mask is not None or call.key_padding_mask is not None:
         return "a mask may leave a row empty, where torch gives NaN"
-    if key.shape[2] == 0:
+    if call.key.shape[2] == 0:
         return "without keys every row is empty"
-    if p != 0.0:
+    if call.distance_bias is not None or call.alibi_slopes is not None or call.softcap != 0.0:
+        return "it has no bias by distance and no softcap without the matrix of scores"
+    if call.dropout_p != 0.0:
         return "its dropout mask would differ from the other backends'"
-    if left >= 0 or right > 0:
+    if call.left >= 0 or call.right > 0:
         return "it has no window"
-    if right == 0 and bottom_right and query.shape[2] != key.shape[2]:
+    if call.right == 0 and call.bottom_right and call.query.shape[2] != call.key.shape[2]:
         return "it has no bottom-right causal alignment"
     if return_lse:
         return "it does not return the log-sum-exp"
