@@ -34,4 +34,9 @@ STABLE_TORCH_LIBRARY(pyllm, m) {
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " PYLLM_ATTENTION_CALL
       ", bool mask_gradient, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_decode_fwd(Tensor query, Tensor(a1!) key_cache, Tensor(a2!) value_cache, Tensor cache_seqlens,"
+      " Tensor? block_table, Tensor? key, Tensor? value, Tensor? cos, Tensor? sin, Tensor? distance_bias,"
+      " Tensor? alibi_slopes, float scale, float softcap, SymInt left, SymInt right, bool interleaved)"
+      " -> (Tensor, Tensor)");
 }

@@ -163,7 +163,7 @@ def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class AttentionCall(NamedTuple):
-    """The arguments of attention's kernels, in the order of their schemas. D, scale and softcap are as users give them."""
+    """The arguments of attention's kernels, in the order of their schemas."""
 
     query: Tensor  # (B, H, Sq, D); packed: (1, H, Tq, D)
     key: Tensor  # (B, Hkv, Sk, D); packed: (1, Hkv, Tk, D)
@@ -186,9 +186,9 @@ class AttentionCall(NamedTuple):
 def attention(*args) -> tuple[Tensor, Tensor]:
     """dropout(softmax(score + mask)) value and the log-sum-exp of the scores (B, H, Sq); packed: (1, H, Tq).
 
-    Takes the fields of an `AttentionCall`. score of query i and key j: softcap * tanh(scale q.k / softcap), or scale q.k
-    at softcap 0, + attn_mask + distance_bias of j - i - slope |j - i|, for the keys that the boolean masks, the padding
-    and the band leave. Statistics are fp32, or fp64 for fp64 input.
+    Takes the fields of an `AttentionCall`. The score of query i and key j is softcap * tanh(scale q.k / softcap), or
+    scale q.k at softcap 0, + attn_mask + distance_bias of j - i - slope |j - i|, for the keys that the boolean masks,
+    the padding and the band leave. Statistics are fp32, or fp64 for fp64 input.
     """
     call = AttentionCall(*args)
     if call.cu_seqlens_q is None:
@@ -233,9 +233,7 @@ def _dense_attention(call: AttentionCall, first_batch: int) -> tuple[Tensor, Ten
         scores = scores + call.distance_bias[:, distance.clamp(-reach, reach) + reach].to(scores.dtype)
     if call.alibi_slopes is not None:
         scores = scores - (call.alibi_slopes[:, :, None, None] * distance.abs()).to(scores.dtype)
-    scores = scores.masked_fill(
-        ~band(sq, sk, call.left, call.right, call.bottom_right, call.query.device), -math.inf
-    )
+    scores = scores.masked_fill(~band(sq, sk, call.left, call.right, call.bottom_right, call.query.device), -math.inf)
     if call.key_padding_mask is not None:
         scores = scores.masked_fill(call.key_padding_mask[:, None, None, :], -math.inf)
     weights, lse = _probabilities(_masked(scores, call.attn_mask, False))
@@ -244,3 +242,71 @@ def _dense_attention(call: AttentionCall, first_batch: int) -> tuple[Tensor, Ten
         weights = torch.where(keep.view(weights.shape), weights * dropout_scale(call.dropout_p), 0.0)
     statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     return weights.to(value.dtype) @ value, lse.squeeze(-1).to(statistics)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates pairs of the first R of D columns of x (..., S, D) by position (Su et al., 2021); cos and sin (S, R / 2).
+
+    A pair is columns (c, c + R / 2), or (2c, 2c + 1) if interleaved.
+    """
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.split(half, -1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+class DecodeCall(NamedTuple):
+    """The arguments of decoding's kernels, in the order of their schema."""
+
+    query: Tensor  # (B, H, Sn, D), of the last Sn positions of each sequence
+    key_cache: Tensor  # (B, Hkv, capacity, D), or pages (P, Hkv, page_size, D); appended to
+    value_cache: Tensor  # as key_cache
+    cache_seqlens: Tensor  # (B,) int32: keys of each sequence before this call
+    block_table: Tensor | None  # (B, pages) int32: where in P the pages of each sequence are; None: not paged
+    key: Tensor | None  # (B, Hkv, Sn, D), appended at cache_seqlens; None: nothing is
+    value: Tensor | None  # as key
+    cos: Tensor | None  # (positions, R / 2), statistics type: query and key are rotated by their positions
+    sin: Tensor | None  # as cos
+    distance_bias: Tensor | None  # as in AttentionCall, and so the rest; positions are those in the sequence
+    alibi_slopes: Tensor | None
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    interleaved: bool
+
+
+def attention_decode(*args) -> tuple[Tensor, Tensor]:
+    """Appends key and value to the caches, then attention of query over each sequence: out (B, H, Sn, D) and lse."""
+    call = DecodeCall(*args)
+    statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    results = [(call.query[:0], call.query[:0, ..., 0].to(statistics))]
+    results += [_decode_one(call, index, length) for index, length in enumerate(call.cache_seqlens.tolist())]
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def _decode_one(call: DecodeCall, index: int, length: int) -> tuple[Tensor, Tensor]:
+    new = call.query.shape[2]
+    total = length + (new if call.key is not None else 0)
+    query, key = (None if t is None else t[index : index + 1] for t in (call.query, call.key))
+    if call.cos is not None:
+        turn = (call.cos[total - new : total], call.sin[total - new : total], call.interleaved)
+        query, key = rotary(query, *turn), None if key is None else rotary(key, *turn)
+    caches = []
+    for cache, added in ((call.key_cache, key), (call.value_cache, call.value)):
+        if call.block_table is None:
+            pages, slots = torch.tensor([index] * total, dtype=torch.int64), torch.arange(total)
+        else:
+            size = cache.shape[2]
+            slots = torch.arange(total) % size
+            pages = call.block_table[index].cpu().long()[torch.arange(total) // size]
+        if added is not None:
+            rows = added if cache is call.key_cache else added[index : index + 1]
+            cache[pages[length:], :, slots[length:]] = rows[0].transpose(0, 1)
+        caches.append(cache[pages, :, slots].transpose(0, 1)[None])
+    slopes = call.alibi_slopes
+    slopes = slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1]
+    options = (None, call.scale, call.softcap, 0.0, call.left, call.right, True)
+    return attention(query, *caches, None, None, call.distance_bias, slopes, None, None, *options)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyllm
 from pyllm import reference
-from pyllm.ops import RelativeBias, attention, attention_varlen
+from pyllm.ops import attention
 from pyllm.ops._registration import draw_rng
 from pyllm.testing import DTYPES, check, evaluate, randn
 
@@ -90,15 +90,29 @@ CASES = [
     Case("alibi-batch", heads=4, kv_heads=2, sq=33, sk=40, alibi="batch", padding=True, options=DROPOUT),
     Case("softcap", sq=65, sk=66, dim=40, options={"softcap": 2.0}),
     Case(
-        "every-bias", heads=4, sq=33, sk=65, mask=(4, 33, 65), mask_kind="float", padding=True, alibi="head",
-        relative="bidirectional", options={"softcap": 3.0, "window": (20, 30)} | DROPOUT,
+        "every-bias",
+        heads=4,
+        sq=33,
+        sk=65,
+        mask=(4, 33, 65),
+        mask_kind="float",
+        padding=True,
+        alibi="head",
+        relative="bidirectional",
+        options={"softcap": 3.0, "window": (20, 30)} | DROPOUT,
     ),
     # packed sequences
     Case("varlen", lengths=((65, 65), (1, 1), (0, 0), (7, 7), (130, 130)), dim=40),
     Case("varlen-causal", heads=4, lengths=((33, 70), (0, 5), (64, 3), (9, 0)), options=CAUSAL | BOTTOM | DROPOUT),
     Case(
-        "varlen-every-bias", lengths=((40, 33), (70, 64)), mask=(2, 1, 70, 64), mask_kind="float", padding=True,
-        relative="causal", alibi="batch", options={"softcap": 3.0, "window": (50, -1)} | DROPOUT,
+        "varlen-every-bias",
+        lengths=((40, 33), (70, 64)),
+        mask=(2, 1, 70, 64),
+        mask_kind="float",
+        padding=True,
+        relative="causal",
+        alibi="batch",
+        options={"softcap": 3.0, "window": (50, -1)} | DROPOUT,
     ),
     Case("varlen-none", lengths=((0, 0),)),
     # dropout

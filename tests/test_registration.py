@@ -48,7 +48,10 @@ def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
     q, k, v = t(2, 4, 7, 16), t(2, 2, 9, 16), t(2, 2, 9, 16)
     mask, padding = t(1, 4, 1, 9), torch.rand(2, 9, device=device) > 0.8
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    by_distance, slopes = torch.randn(4, 5, dtype=statistics, device=device), torch.rand(1, 4, device=device).to(statistics)
+    by_distance, slopes = (
+        torch.randn(4, 5, dtype=statistics, device=device),
+        torch.rand(1, 4, device=device).to(statistics),
+    )
     full = (q, k, v, mask, padding, by_distance, slopes, None, None, rng, 0.25, 5.0, 0.3, -1, 0, True)
     plain = (q, k, v, *(None,) * 7, 0.25, 0.0, 0.0, -1, -1, False)
     packed_q, packed_k = t(1, 4, 7, 16), t(1, 2, 9, 16)

@@ -1,6 +1,7 @@
 """Functional operators; every one runs on every backend that `pyllm.backends()` lists."""
 
 from pyllm.ops.attention import attention, attention_varlen
+from pyllm.ops.attention_decode import attention_decode
 from pyllm.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from pyllm.ops.relative_bias import RelativeBias
 from pyllm.ops.softmax import log_softmax, softmax
@@ -10,6 +11,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "layer_norm",
     "log_softmax",

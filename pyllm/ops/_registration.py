@@ -5,7 +5,7 @@ or CUDA below each.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,11 @@ class Kernel:
     triton: OpOverload
 
 
-def kernel(module: str) -> Callable[[Callable], Kernel]:
+def kernel(module: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Kernel]:
     """Registers the decorated fake implementation, whose annotations are the schema, and the kernel of its name.
 
-    The Triton launcher is `pyllm.kernels.<module>.<name>`, imported at the first call.
+    mutates: the arguments that it writes to. The Triton launcher is `pyllm.kernels.<module>.<name>`, imported at the
+    first call.
     """
 
     def register(fake: Callable) -> Kernel:
@@ -38,7 +39,7 @@ def kernel(module: str) -> Callable[[Callable], Kernel]:
         def launch(*args):
             return getattr(importlib.import_module(f"pyllm.kernels.{module}"), name)(*args)
 
-        _triton.define(name + torch.library.infer_schema(fake, mutates_args=()))
+        _triton.define(name + torch.library.infer_schema(fake, mutates_args=mutates))
         for key in ("CPU", "CUDA"):
             _triton.impl(name, launch, key)
         torch.library.register_fake(f"pyllm_triton::{name}", fake)

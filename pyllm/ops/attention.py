@@ -3,7 +3,9 @@
 `attention` takes batches (B, H, S, D), `attention_varlen` packed sequences (T, H, D); both are the same kernels.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +58,7 @@ def attention(
     """
     query, key, value = lower_precision(query, key, value)
     op = "attention"
-    _check_operands(op, query, key, value, 4)
-    if query.shape[0] != key.shape[0]:
-        raise ValueError(f"{op}: key must have query's batch size {query.shape[0]}, got {key.shape[0]}")
+    check_operands(op, query, key, value, "(B, H, Sq, D)", "(B, Hkv, Sk, D)")
     batch, heads, sq, _ = query.shape
     sk = key.shape[2]
     if attn_mask is not None:
@@ -67,8 +67,8 @@ def attention(
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     if key_padding_mask is not None:
         _check_padding(op, key_padding_mask, query, (batch, sk), "(B, Sk)")
-    biases = _biases(op, query, batch, relative_bias, alibi_slopes)
-    options = _options(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p)
+    biases = score_biases(op, query, batch, relative_bias, alibi_slopes)
+    options = options_of(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p)
     rng = draw_rng(query, dropout_p)
     call = (query, key, value, attn_mask, key_padding_mask, *biases, None, None, rng, *options)
     out, lse = select(ATTENTION, *call, return_lse)(*call, return_lse)
@@ -98,10 +98,10 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` on B sequences packed one after the other, without padding.
 
-    query (Tq, H, D), key and value (Tk, Hkv, D); sequence b is query[cu_seqlens_q[b]:cu_seqlens_q[b + 1]], and likewise
-    of key and value. cu_seqlens_* (B + 1,) int32, from 0 up to Tq and Tk; sequences may be empty.
-    attn_mask broadcasts to (B, H, max_seqlen_q, max_seqlen_k), indexed by positions in the sequence, key_padding_mask is
-    (Tk,); everything else means what it means in `attention`, for each sequence, dropout to the bit.
+    query (Tq, H, D), key and value (Tk, Hkv, D); sequence b is query[cu_seqlens_q[b]:cu_seqlens_q[b + 1]], likewise of
+    key and value. cu_seqlens_* (B + 1,) int32, from 0 up to Tq and Tk; sequences may be empty.
+    attn_mask broadcasts to (B, H, max_seqlen_q, max_seqlen_k), indexed by positions in the sequence; key_padding_mask
+    is (Tk,). Everything else means what it means in `attention`, for each sequence, dropout to the bit.
     max_seqlen_*: the longest sequences, needed with an attn_mask that is not broadcast there; nothing else uses them.
     Returns (Tq, H, D); with return_lse also the log-sum-exp (H, Tq).
     Raises as `attention` does. On a GPU the contents of cu_seqlens_* are checked only with PYLLM_DEBUG=1, which
@@ -109,7 +109,7 @@ def attention_varlen(
     """
     query, key, value = lower_precision(query, key, value)
     op = "attention_varlen"
-    _check_operands(op, query, key, value, 3)
+    check_operands(op, query, key, value, "(Tq, H, D)", "(Tk, Hkv, D)")
     batch = _check_sequences(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if attn_mask is not None:
         _checks.attention_mask(op, attn_mask, query, "query")
@@ -119,8 +119,8 @@ def attention_varlen(
     if key_padding_mask is not None:
         _check_padding(op, key_padding_mask, query, (key.shape[0],), "(Tk,)")
         key_padding_mask = key_padding_mask[None]
-    biases = _biases(op, query, batch, relative_bias, alibi_slopes)
-    options = _options(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p)
+    biases = score_biases(op, query, batch, relative_bias, alibi_slopes)
+    options = options_of(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     rng = draw_rng(query, dropout_p)
     call = (query, key, value, attn_mask, key_padding_mask, *biases, cu_seqlens_q, cu_seqlens_k, rng, *options)
@@ -132,23 +132,30 @@ def attention_varlen(
 # --- checks ---
 
 
-def _check_operands(op: str, query: Tensor, key: Tensor, value: Tensor, dims: int) -> None:
-    """Dtypes, devices, heads and head_dim of (B, H, S, D) or (T, H, D)."""
+def check_operands(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    of_query: str,
+    of_key: str,
+    names: Sequence[str] = ("key", "value"),
+) -> None:
+    """Dtypes, devices, heads and head_dim. of_*: the shapes in words, which share B and D; names: of key and value."""
     _checks.floating(op, "query", query)
-    _checks.like(op, "key", key, "query", query)
-    _checks.like(op, "value", value, "query", query)
-    names = "(B, H, Sq, D)" if dims == 4 else "(Tq, H, D)"
-    if query.dim() != dims:
-        raise ValueError(f"{op}: query must have {dims} dimensions {names}, got {tuple(query.shape)}")
-    names = "(B, Hkv, Sk, D)" if dims == 4 else "(Tk, Hkv, D)"
-    if key.dim() != dims:
-        raise ValueError(f"{op}: key must have {dims} dimensions {names}, got {tuple(key.shape)}")
+    _checks.like(op, names[0], key, "query", query)
+    _checks.like(op, names[1], value, "query", query)
+    for name, tensor, meaning in (("query", query, of_query), (names[0], key, of_key)):
+        dims = meaning.count(",") + 1
+        if tensor.dim() != dims:
+            raise ValueError(f"{op}: {name} must have {dims} dimensions {meaning}, got {tuple(tensor.shape)}")
     dim, heads, kv_heads = query.shape[-1], query.shape[1], key.shape[1]
-    expected = (*(query.shape[:1] if dims == 4 else key.shape[:1]), *key.shape[1:-1], dim)
-    _checks.shape(op, "key", key, expected, names)
-    _checks.shape(op, "value", value, expected, f"{names}, as key,")
+    first = query.shape[0] if of_key.startswith("(B,") else key.shape[0]
+    expected = (first, *key.shape[1:-1], dim)
+    _checks.shape(op, names[0], key, expected, of_key)
+    _checks.shape(op, names[1], value, expected, f"{of_key}, as {names[0]},")
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{op}: query's {heads} heads must be a multiple of key's {kv_heads}")
+        raise ValueError(f"{op}: query's {heads} heads must be a multiple of {names[0]}'s {kv_heads}")
     if not 1 <= dim <= 256:
         raise ValueError(f"{op}: query must have a head_dim from 1 to 256, got {dim}")
 
@@ -167,10 +174,11 @@ def _check_sequences(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, m
             raise ValueError(f"{op}: max_seqlen_{side} must be an int, 0 or more, or None, got {longest}")
         if _checks.can_look(bounds):
             values = bounds.tolist()
-            lengths = [end - begin for begin, end in zip(values, values[1:], strict=False)]
+            lengths = [end - begin for begin, end in itertools.pairwise(values)]
             if values[0] != 0 or values[-1] != packed.shape[0] or min(lengths, default=0) < 0:
                 raise ValueError(
-                    f"{op}: {name} must go from 0 up to {packed.shape[0]}, never decreasing, got {_checks.short(values)}"
+                    f"{op}: {name} must go from 0 up to {packed.shape[0]}, never decreasing, "
+                    f"got {_checks.short(values)}"
                 )
             if longest is not None and max(lengths, default=0) > longest:
                 raise ValueError(f"{op}: max_seqlen_{side} is {longest}, but a sequence has length {max(lengths)}")
@@ -189,7 +197,9 @@ def _check_padding(op: str, key_padding_mask: Tensor, query: Tensor, shape: tupl
     _checks.shape(op, "key_padding_mask", key_padding_mask, shape, meaning)
 
 
-def _biases(op: str, query: Tensor, batch: int, relative_bias, alibi_slopes) -> tuple[Tensor | None, Tensor | None]:
+def score_biases(
+    op: str, query: Tensor, batch: int, relative_bias, alibi_slopes
+) -> tuple[Tensor | None, Tensor | None]:
     """(distance_bias, alibi_slopes) as the kernels take them."""
     if relative_bias is None and alibi_slopes is None:
         return None, None
@@ -214,13 +224,14 @@ def _biases(op: str, query: Tensor, batch: int, relative_bias, alibi_slopes) -> 
             alibi_slopes = alibi_slopes[None]
         if alibi_slopes.dim() != 2 or alibi_slopes.shape[0] not in (1, batch) or alibi_slopes.shape[1] != heads:
             raise ValueError(
-                f"{op}: alibi_slopes must have shape (H,) or (B, H) = ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
+                f"{op}: alibi_slopes must have shape (H,) or (B, H) = ({batch}, {heads}), "
+                f"got {tuple(alibi_slopes.shape)}"
             )
         alibi_slopes = alibi_slopes.to(statistics).contiguous()
     return distance_bias, alibi_slopes
 
 
-def _options(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p) -> tuple:
+def options_of(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p) -> tuple:
     """scale, softcap, dropout_p, left, right, bottom_right, checked."""
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"{op}: causal_alignment must be 'top_left' or 'bottom_right', got {causal_alignment!r}")
@@ -299,7 +310,7 @@ def attention_bwd(
 
 
 def _pairs(call: AttentionCall) -> int:
-    """Query-key pairs inside the band, for all batches and heads; packed sequences of unknown lengths count as equal."""
+    """Query-key pairs inside the band, of all batches and heads; packed sequences of unknown length count as equal."""
     batch, heads, sq, _ = call.query.shape
     sk = call.key.shape[2]
     if call.cu_seqlens_q is None:

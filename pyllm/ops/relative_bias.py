@@ -32,7 +32,7 @@ class RelativeBias:
         self.max_distance = max_distance
 
     def by_distance(self) -> Tensor:
-        """The bias (H, 2 max_distance + 1) of the distances j - i from -max_distance to max_distance, differentiable."""
+        """The bias (H, 2 max_distance + 1) of distances j - i from -max_distance to max_distance, differentiable."""
         distance = torch.arange(-self.max_distance, self.max_distance + 1, device=self.table.device)
         return self.table[bucket(distance, self.table.shape[0], self.bidirectional, self.max_distance)].T
 

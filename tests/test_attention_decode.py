@@ -1,0 +1,210 @@
+"""Decoding's contract, the same on every backend: a few queries over a cache, contiguous or paged."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from conftest import TARGETS
+from torch import Tensor
+
+import pyllm
+from pyllm import reference
+from pyllm.ops import RelativeBias, attention, attention_decode
+from pyllm.testing import check, randn
+
+SERVING = [t for t in TARGETS if t.values[0][0] != "torch"]
+KERNELS = [t for t in SERVING if t.values[0][0] != "reference"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. lengths: keys that each sequence has before it; page: the size of a page, 0 for a contiguous cache."""
+
+    name: str
+    lengths: tuple[int, ...] = (5, 0, 37)
+    new: int = 1
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    capacity: int = 64
+    page: int = 0
+    appended: bool = True
+    rotary: int = 0  # how many of the columns turn
+    relative: bool = False
+    alibi: bool = False
+    options: dict = field(default_factory=dict)
+
+    def inputs(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+        b, hkv, d = len(self.lengths), self.kv_heads, self.dim
+
+        def make(*shape):
+            return randn(*shape, dtype=dtype, device=device, grad=False)
+
+        size = (b, hkv, self.capacity, d)
+        if self.page:
+            size = (b * self.capacity // self.page + 3, hkv, self.page, d)
+        made = {"query": make(b, self.heads, self.new, d), "key_cache": make(*size), "value_cache": make(*size)}
+        if self.appended:
+            made |= {"key": make(b, hkv, self.new, d), "value": make(b, hkv, self.new, d)}
+        if self.rotary:
+            angle = torch.arange(self.capacity)[:, None] / 10.0 ** torch.linspace(0, 2, self.rotary // 2)
+            made |= {"cos": angle.cos().to(device), "sin": angle.sin().to(device)}
+        if self.relative:
+            made["table"] = make(8, self.heads)
+        if self.alibi:
+            made["alibi_slopes"] = make(b, self.heads).abs() / 8
+        return made
+
+    def call(self, query, key_cache, value_cache, cos=None, sin=None, table=None, **tensors):
+        """(out, lse, caches after the call); the tensors given stay as they are."""
+        caches = (key_cache.clone(), value_cache.clone())
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=query.device)
+        options = dict(self.options, rotary=None if cos is None else (cos, sin))
+        if self.page:
+            pages = torch.randperm(len(key_cache), generator=torch.Generator().manual_seed(1))
+            pages = pages[: len(self.lengths) * self.capacity // self.page].view(len(self.lengths), -1)
+            options["block_table"] = pages.to(query.device, torch.int32)
+        if table is not None:
+            options["relative_bias"] = RelativeBias(table, False, 20)
+        out, lse = attention_decode(query, *caches, lengths, return_lse=True, **tensors, **options)
+        return out, lse, *caches
+
+
+CASES = [
+    Case("one-token"),
+    Case("multi-head", kv_heads=4, dim=40),
+    Case("multi-query", heads=7, kv_heads=1, lengths=(63,), dim=128),
+    Case("long", lengths=(700, 1023), capacity=1024, heads=8, dim=64),
+    Case("few-tokens", new=5, lengths=(3, 40)),
+    Case("few-tokens-full", new=3, options={"is_causal": False}),
+    Case("cross", appended=False, new=2, lengths=(9, 64), options={"is_causal": False}),
+    Case("empty", appended=False, lengths=(0, 3)),
+    Case("window", lengths=(60, 20), new=2, options={"window": (9, -1)}),
+    Case("paged", page=16, lengths=(5, 0, 60)),
+    Case("paged-large", page=48, capacity=96, new=3, lengths=(47, 95 - 3), dim=33),
+    Case("rotary", rotary=16, new=2),
+    Case("rotary-partial", rotary=10, dim=24, options={"rotary_interleaved": True}, page=16),
+    Case("t5", relative=True, lengths=(50, 2)),
+    Case("alibi-softcap", alibi=True, options={"softcap": 2.0, "scale": 0.3}, new=2),
+    Case("no-batch", lengths=()),
+]
+
+
+@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_within_budget(case: Case, dtype: torch.dtype, target):
+    backend, device = target
+    check(case.call, case.inputs(dtype, device), backend)
+
+
+@pytest.mark.parametrize("target", SERVING)
+def test_steps_add_up_to_causal_attention(target):
+    backend, device = target
+    query, key, value = (randn(2, h, 12, 8, device=device, grad=False) for h in (4, 2, 2))
+    caches = [torch.full((2, 2, 16, 8), torch.nan, device=device) for _ in range(2)]
+    outs = []
+    with pyllm.use_backend(backend):
+        for step in (slice(0, 7), *(slice(i, i + 1) for i in range(7, 12))):
+            lengths = torch.full((2,), step.start, dtype=torch.int32, device=device)
+            new = {"key": key[:, :, step], "value": value[:, :, step]}
+            outs.append(attention_decode(query[:, :, step], *caches, lengths, **new))
+        whole = attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(torch.cat(outs, 2), whole)
+    assert torch.equal(caches[0][:, :, :12], key) and torch.equal(caches[1][:, :, :12], value)
+    assert caches[0][:, :, 12:].isnan().all(), "written beyond the new keys"
+
+
+@pytest.mark.parametrize("target", KERNELS)
+def test_only_the_pages_of_the_table_are_read(target):
+    backend, device = target
+    case = Case("", page=16, lengths=(20,), dim=8)
+    inputs = case.inputs(torch.float32, device)
+    plain = case.call(**inputs)
+    with pyllm.use_backend(backend):
+        table = torch.tensor([[1, 3]], dtype=torch.int32, device=device)
+        caches = [torch.full((5, 2, 16, 8), torch.nan, device=device) for _ in range(2)]
+        order = torch.randperm(len(inputs["key_cache"]), generator=torch.Generator().manual_seed(1))[:2]
+        for cache, name in zip(caches, ("key_cache", "value_cache"), strict=True):
+            cache[[1, 3]] = inputs[name][order.to(device)]
+            cache[3, :, 5:] = torch.nan
+        lengths = torch.tensor([20], dtype=torch.int32, device=device)
+        new = {name: inputs[name] for name in ("key", "value")}
+        out = attention_decode(inputs["query"], *caches, lengths, block_table=table, **new)
+    torch.testing.assert_close(out, plain[0])
+
+
+def test_rotary_keeps_lengths_and_turns_by_the_difference_of_positions():
+    x, y = randn(1, 8, dtype=torch.float64, grad=False), randn(1, 8, dtype=torch.float64, grad=False)
+    angle = torch.arange(20.0, dtype=torch.float64)[:, None] / torch.tensor([1.0, 7.0, 30.0])
+    cos, sin = angle.cos(), angle.sin()
+    for interleaved in (False, True):
+
+        def turned(z, i, interleaved=interleaved):
+            return reference.rotary(z, cos[i : i + 1], sin[i : i + 1], interleaved)
+
+        torch.testing.assert_close(turned(x, 9).norm(), x.norm())
+        torch.testing.assert_close((turned(x, 9) * turned(y, 4)).sum(), (turned(x, 15) * turned(y, 10)).sum())
+        assert torch.equal(turned(x, 9)[:, 6:], x[:, 6:])
+
+
+def _right(**changed) -> dict:
+    right = {
+        "query": torch.ones(2, 4, 1, 8),
+        "key_cache": torch.ones(2, 2, 16, 8),
+        "value_cache": torch.ones(2, 2, 16, 8),
+        "cache_seqlens": torch.tensor([3, 15], dtype=torch.int32),
+        "key": torch.ones(2, 2, 1, 8),
+        "value": torch.ones(2, 2, 1, 8),
+    }
+    return right | changed
+
+
+_PAGED = {"key_cache": torch.ones(5, 2, 16, 8), "value_cache": torch.ones(5, 2, 16, 8)}
+BAD = [
+    ({"query": torch.ones(2, 4, 8)}, ValueError, "query must have 4 dimensions"),
+    ({"query": torch.ones(2, 3, 1, 8)}, ValueError, "query's 3 heads must be a multiple of key_cache's 2"),
+    ({"key_cache": torch.ones(3, 2, 16, 8)}, ValueError, "key_cache must have shape"),
+    ({"value_cache": torch.ones(2, 2, 15, 8)}, ValueError, "value_cache must have shape"),
+    ({"value_cache": torch.ones(2, 2, 16, 8).half()}, TypeError, "value_cache must have the dtype of query"),
+    ({"cache_seqlens": torch.tensor([3, 15])}, TypeError, "cache_seqlens must be an int32"),
+    ({"cache_seqlens": torch.ones(3, dtype=torch.int32)}, ValueError, "cache_seqlens must have shape"),
+    ({"cache_seqlens": torch.tensor([-1, 3], dtype=torch.int32)}, ValueError, "cache_seqlens must not be negative"),
+    (
+        {"cache_seqlens": torch.tensor([3, 16], dtype=torch.int32)},
+        ValueError,
+        "the cache is full: sequence 1 has 16 keys",
+    ),
+    ({"key": None}, ValueError, "key and value must both be given"),
+    ({"key": torch.ones(2, 2, 2, 8)}, ValueError, "key must have shape"),
+    ({"value": torch.ones(2, 4, 1, 8)}, ValueError, "value must have shape"),
+    (_PAGED | {"block_table": torch.zeros(2, 3)}, TypeError, "block_table must be an int32"),
+    (_PAGED | {"block_table": torch.zeros(3, 3, dtype=torch.int32)}, ValueError, "block_table must have shape"),
+    (
+        _PAGED | {"block_table": torch.full((2, 1), 5, dtype=torch.int32)},
+        ValueError,
+        "block_table must name pages from 0",
+    ),
+    ({"rotary": (torch.ones(16, 4),)}, ValueError, "rotary must be"),
+    ({"rotary": (torch.ones(16, 4), torch.ones(16, 3))}, ValueError, "rotary must have cos and sin of one shape"),
+    ({"rotary": (torch.ones(15, 4), torch.ones(15, 4))}, ValueError, "rotary must be cos and sin"),
+    ({"rotary": (torch.ones(16, 5), torch.ones(16, 5))}, ValueError, "rotary must be cos and sin"),
+    ({"window": (-3, 0)}, ValueError, "window must be"),
+    ({"softcap": -1.0}, ValueError, "softcap must be"),
+    ({"query": torch.ones(2, 4, 1, 8).requires_grad_()}, RuntimeError, "no gradient"),
+]
+
+
+@pytest.mark.parametrize("wrong, error, message", BAD, ids=[message for *_, message in BAD])
+def test_wrong_arguments_are_named_before_anything_is_written(wrong: dict, error: type[Exception], message: str):
+    arguments = _right(**wrong)
+    before = arguments["key_cache"].clone()
+    with pytest.raises(error, match=f"attention_decode: .*{message}"):
+        attention_decode(**arguments)
+    assert torch.equal(arguments["key_cache"], before)
+
+
+def test_a_page_must_be_a_multiple_of_16():
+    caches = {"key_cache": torch.ones(5, 2, 17, 8), "value_cache": torch.ones(5, 2, 17, 8)}
+    with pytest.raises(ValueError, match="page_size that is a multiple of 16"):
+        attention_decode(**_right(**caches, block_table=torch.zeros(2, 3, dtype=torch.int32)))
