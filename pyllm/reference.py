@@ -49,18 +49,14 @@ def dropout_keep(rng: Tensor, p: float, heads: int, rows: int, cols: int, first_
     of an mma.sync accumulator holds of a row in 32 columns: call t of group g serves columns 32g + 8w + 2t + b, where w
     is the word of the result and b its half, the low one first.
     """
-    grid = torch.meshgrid(
-        torch.arange(first_head, first_head + heads, device=rng.device),
-        torch.arange(rows, device=rng.device),
-        torch.arange(cols, device=rng.device),
-        indexing="ij",
-    )
-    head, row, col = grid
-    call = (col // 32) * 4 + (col % 8) // 2
-    offset = (rng[1] & _MASK32).expand_as(col)
-    words = torch.stack(philox_4x32([call, row, head, offset], rng[0]))
-    word = words.gather(0, ((col % 32) // 8)[None])[0]
-    return ((word >> (16 * (col % 2))) & 0xFFFF) >= dropout_threshold(p)
+    calls = torch.arange(4 * -(-cols // 32), device=rng.device)
+    row = torch.arange(rows, device=rng.device)[:, None]
+    head = torch.arange(first_head, first_head + heads, device=rng.device)[:, None, None]
+    words = philox_4x32([calls, row, head, rng[1] & _MASK32], rng[0])
+    words = torch.stack(words, -1).unflatten(2, (-1, 4))  # (heads, rows, g, t, w)
+    halves = torch.stack([words & 0xFFFF, words >> 16], -1)  # (heads, rows, g, t, w, b)
+    bits = halves.transpose(3, 4).flatten(2)[..., :cols]
+    return bits >= dropout_threshold(p)
 
 
 def dropout(x: Tensor, rng: Tensor | None, p: float) -> Tensor:
@@ -112,13 +108,13 @@ def add_rms_norm(
 
 def softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
     """softmax(scale * x + mask) over the last dimension; 0 in a row with nothing left."""
-    return _probabilities(_masked(x * scale, attn_mask, is_causal))[0]
+    return probabilities(_masked(x * scale, attn_mask, is_causal))[0]
 
 
 def log_softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
     """log of `softmax`: -inf where it is 0."""
     scores = _masked(x * scale, attn_mask, is_causal)
-    lse = _probabilities(scores)[1]
+    lse = probabilities(scores)[1]
     kept = scores != -math.inf
     return torch.where(kept, torch.where(kept, scores, 0.0) - torch.where(lse != -math.inf, lse, 0.0), -math.inf)
 
@@ -136,8 +132,11 @@ def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor
 
 def band(sq: int, sk: int, left: int, right: int, bottom_right: bool, device: torch.device) -> Tensor:
     """(sq, sk), True where i - left <= j <= i + right; -1 is no bound; i is counted from sk - sq if bottom_right."""
-    distance = _distance(sq, sk, bottom_right, device)
-    keep = torch.ones(sq, sk, dtype=torch.bool, device=device)
+    return _within(distances(torch.arange(sq, device=device), sq, sk, bottom_right), left, right)
+
+
+def _within(distance: Tensor, left: int, right: int) -> Tensor:
+    keep = torch.ones_like(distance, dtype=torch.bool)
     if left >= 0:
         keep &= distance >= -left
     if right >= 0:
@@ -145,13 +144,13 @@ def band(sq: int, sk: int, left: int, right: int, bottom_right: bool, device: to
     return keep
 
 
-def _distance(sq: int, sk: int, bottom_right: bool, device: torch.device) -> Tensor:
-    """j - i of query i and key j (sq, sk); i is counted from sk - sq if bottom_right."""
-    i = torch.arange(sq, device=device)[:, None] + (sk - sq if bottom_right else 0)
-    return torch.arange(sk, device=device)[None, :] - i
+def distances(rows: Tensor, sq: int, sk: int, bottom_right: bool) -> Tensor:
+    """j - i of the queries i in rows (R,) and every key j (R, sk); i is counted from sk - sq if bottom_right."""
+    i = rows[:, None] + (sk - sq if bottom_right else 0)
+    return torch.arange(sk, device=rows.device) - i
 
 
-def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
+def probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the last dimension and its log-sum-exp (..., 1); an empty row gives 0 and -inf, gradient 0."""
     kept = scores != -math.inf  # a NaN is kept, and shows
     peak = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min) if scores.shape[-1] else 0.0
@@ -222,26 +221,35 @@ def _sequences(call: AttentionCall):
 
 def _dense_attention(call: AttentionCall, first_batch: int) -> tuple[Tensor, Tensor]:
     batch, heads, sq, _ = call.query.shape
-    kv_heads, sk = call.key.shape[1:3]
-    key, value = (t.repeat_interleave(heads // kv_heads, 1) for t in (call.key, call.value))
-    scores = (call.query @ key.mT) * call.scale
+    sk = call.key.shape[2]
+    rows = torch.arange(sq, device=call.query.device)
+    weights, lse = probabilities(attention_scores(call, distances(rows, sq, sk, call.bottom_right)))
+    if call.dropout_p > 0.0:
+        keep = dropout_keep(call.rng, call.dropout_p, batch * heads, sq, sk, first_batch * heads)
+        weights = torch.where(keep.view(weights.shape), weights * dropout_scale(call.dropout_p), 0.0)
+    value = _for_every_head(call.value, heads)
+    statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    return weights.to(value.dtype) @ value, lse.squeeze(-1).to(statistics)
+
+
+def attention_scores(call: AttentionCall, distance: Tensor) -> Tensor:
+    """The scores of a call that is not packed (B, H, Sq, Sk), -inf where masked; distance (Sq, Sk) is j - i."""
+    scores = (call.query @ _for_every_head(call.key, call.query.shape[1]).mT) * call.scale
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    distance = _distance(sq, sk, call.bottom_right, scores.device)
     if call.distance_bias is not None:
         reach = call.distance_bias.shape[1] // 2
         scores = scores + call.distance_bias[:, distance.clamp(-reach, reach) + reach].to(scores.dtype)
     if call.alibi_slopes is not None:
         scores = scores - (call.alibi_slopes[:, :, None, None] * distance.abs()).to(scores.dtype)
-    scores = scores.masked_fill(~band(sq, sk, call.left, call.right, call.bottom_right, call.query.device), -math.inf)
+    scores = scores.masked_fill(~_within(distance, call.left, call.right), -math.inf)
     if call.key_padding_mask is not None:
         scores = scores.masked_fill(call.key_padding_mask[:, None, None, :], -math.inf)
-    weights, lse = _probabilities(_masked(scores, call.attn_mask, False))
-    if call.dropout_p > 0.0:
-        keep = dropout_keep(call.rng, call.dropout_p, batch * heads, sq, sk, first_batch * heads)
-        weights = torch.where(keep.view(weights.shape), weights * dropout_scale(call.dropout_p), 0.0)
-    statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    return weights.to(value.dtype) @ value, lse.squeeze(-1).to(statistics)
+    return _masked(scores, call.attn_mask, False)
+
+
+def _for_every_head(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // max(x.shape[1], 1), 1)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
