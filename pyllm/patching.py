@@ -12,7 +12,8 @@ from torch.nn import Module
 
 from pyllm import nn
 
-_REPLACEMENTS = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if name != "functional"}
+_NAMES = [name for name in nn.__all__ if isinstance(getattr(torch.nn, name, None), type)]  # those that torch has too
+_REPLACEMENTS = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
 _ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
 _MARK = "_pyllm_patched"  # in the module's __dict__, so that copies of a patched model can be unpatched
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -289,6 +289,22 @@ def test_returned_weights_are_those_that_made_the_output():
     assert_within_budget("output", out, expected(weights, torch.float64), expected(weights, torch.float32))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_output_does_not_depend_on_need_weights(dropout):
+    """To the bit, with the same dropout; no gradient is lost either."""
+    attention = pyllm.nn.MultiheadAttention(E, H, dropout=dropout)
+    arguments, masks = inputs("Decoder", batch_first=False), {"key_padding_mask": allowed(B, S)}
+    arguments.append(arguments[1])
+    torch.manual_seed(4)
+    with_weights = attention(*arguments, **masks)[0]
+    torch.manual_seed(4)
+    without = attention(*arguments, need_weights=False, **masks)[0]
+    assert torch.equal(with_weights, without)
+    gradients = (torch.autograd.grad(out.sum(), attention.parameters()) for out in (with_weights, without))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_checkpointing_with_dropout_changes_no_bit(name, norm_first):

@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops
+from pyllm.ops.attention_weights import attention_and_weights
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """Replaces torch.nn.MultiheadAttention: same constructor, parameters, masks, return values.
 
     What differs: a query with nothing to attend to gets 0 before the output projection, and weights of 0, where torch
-    gives NaN. Without need_weights no score matrix exists in memory, in training either; the packed projection is read
-    in place for both batch_first. Masks of different types may be mixed without a warning. NestedTensors are refused.
+    gives NaN. The output is that of the fused kernel, with or without need_weights, which adds the matrix of weights;
+    without it no such matrix exists in memory, in training either. The packed projection is read in place for both
+    batch_first. Masks of different types may be mixed without a warning. NestedTensors are refused.
     """
 
     def forward(
@@ -34,7 +36,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         or (B * num_heads, L, S), key_padding_mask (B, S), or (S) for one sample: bool, True = ignore, or float, added.
         is_causal promises that attn_mask is the causal one, which then need not be read.
         Returns the output in query's shape and, with need_weights, the weights (B, L, S), or (B, num_heads, L, S)
-        without average_attn_weights; dropout is in them, for the output is then these weights times the values.
+        without average_attn_weights; dropout is in them, for the output is these weights times the values.
         Raises AssertionError or RuntimeError, as torch does, where shapes or mask types do not fit.
         """
         batched = self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
@@ -58,10 +60,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            weights = attention_weights(q, k, **masks, dropout_p=dropout_p)
-            out = weights.to(v.dtype) @ v
+            out, weights = attention_and_weights(q, k, v, **masks, dropout_p=dropout_p)
             weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights if batched else weights[0]
+            weights = _in_torchs_dtype(weights if batched else weights[0], out)
         else:
             out = ops.attention(q, k, v, **masks, is_causal=is_causal, dropout_p=dropout_p)
         out = (out.permute(2, 0, 1, 3) if sequence_first else out.transpose(1, 2)).flatten(-2)
@@ -130,24 +131,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return k, v, attn_mask, key_padding_mask
 
 
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """dropout(softmax(query key^T / sqrt(D) + masks)) as a matrix (B, H, Sq, Sk), differentiable.
-
-    query (B, H, Sq, D), key (B, H, Sk, D); the masks are those of `pyllm.ops.attention`. An empty row gives 0.
-    """
-    scores = (query * (1.0 / math.sqrt(query.shape[-1]))) @ key.mT
-    if key_padding_mask is not None:
-        padding = key_padding_mask[:, None, None, :]
-        attn_mask = ~padding if attn_mask is None else _hide(attn_mask, padding)
-    weights = ops.softmax(scores, attn_mask=attn_mask)
-    return F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
+def _in_torchs_dtype(weights: Tensor, out: Tensor) -> Tensor:
+    """The weights in attention's dtype, or in float32 where autocast has torch's softmax return that."""
+    return weights if out.is_cuda and torch.is_autocast_enabled("cuda") else weights.to(out.dtype)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, heads: int) -> tuple[Tensor, ...]:

@@ -56,21 +56,9 @@ def attention(
     scores (B, H, Sq), float32 (float64 for float64), differentiable.
     Raises TypeError, ValueError or RuntimeError for a dtype, a shape, a value or a device that does not fit.
     """
-    query, key, value = lower_precision(query, key, value)
-    op = "attention"
-    check_operands(op, query, key, value, "(B, H, Sq, D)", "(B, Hkv, Sk, D)")
-    batch, heads, sq, _ = query.shape
-    sk = key.shape[2]
-    if attn_mask is not None:
-        _checks.attention_mask(op, attn_mask, query, "query")
-        _checks.broadcasts(op, "attn_mask", attn_mask, (batch, heads, sq, sk), "(B, H, Sq, Sk)")
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-    if key_padding_mask is not None:
-        _check_padding(op, key_padding_mask, query, (batch, sk), "(B, Sk)")
-    biases = score_biases(op, query, batch, relative_bias, alibi_slopes)
-    options = options_of(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p)
-    rng = draw_rng(query, dropout_p)
-    call = (query, key, value, attn_mask, key_padding_mask, *biases, None, None, rng, *options)
+    masks = (attn_mask, key_padding_mask, relative_bias, alibi_slopes)
+    options = (is_causal, causal_alignment, window, softcap, scale, dropout_p)
+    call = checked_call("attention", query, key, value, *masks, *options)
     out, lse = select(ATTENTION, *call, return_lse)(*call, return_lse)
     return (out, lse) if return_lse else out
 
@@ -130,6 +118,27 @@ def attention_varlen(
 
 
 # --- checks ---
+
+
+def checked_call(
+    op, query, key, value, attn_mask, key_padding_mask, relative_bias, alibi_slopes, *options
+) -> AttentionCall:
+    """The arguments of `attention` as its kernels take them, dropout's random bits drawn. options: `options_of`'s."""
+    query, key, value = lower_precision(query, key, value)
+    check_operands(op, query, key, value, "(B, H, Sq, D)", "(B, Hkv, Sk, D)")
+    batch, heads, sq, _ = query.shape
+    sk = key.shape[2]
+    if attn_mask is not None:
+        _checks.attention_mask(op, attn_mask, query, "query")
+        _checks.broadcasts(op, "attn_mask", attn_mask, (batch, heads, sq, sk), "(B, H, Sq, Sk)")
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    if key_padding_mask is not None:
+        _check_padding(op, key_padding_mask, query, (batch, sk), "(B, Sk)")
+    biases = score_biases(op, query, batch, relative_bias, alibi_slopes)
+    scale, softcap, dropout_p, *band = options_of(op, query, *options)
+    rng = draw_rng(query, dropout_p)
+    operands = (query, key, value, attn_mask, key_padding_mask, *biases)
+    return AttentionCall(*operands, None, None, rng, scale, softcap, dropout_p, *band)
 
 
 def check_operands(
