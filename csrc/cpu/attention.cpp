@@ -2,8 +2,10 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
 
@@ -48,88 +50,198 @@ OptionalTensor with_readable_columns(const OptionalTensor& mask) {
   return readable ? mask : OptionalTensor(torch::stable::contiguous(*mask));
 }
 
-// The arguments of a call, and the tensors that its pointers point into.
+// The operators' arguments, in their order.
+struct Arguments {
+  const Tensor &query, &key, &value;
+  const OptionalTensor &mask, &padding, &distance_bias, &slopes, &cu_seqlens_q, &cu_seqlens_k, &rng;
+  double scale, softcap, dropout_p;
+  int64_t left, right;
+  bool bottom_right;
+};
+
+// Where the packed sequences begin among `rows` rows, and the end.
+const int32_t* bounds_of(const OptionalTensor& cu_seqlens, int64_t count, int64_t rows) {
+  STD_TORCH_CHECK(cu_seqlens.has_value() && cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
+                      cu_seqlens->size(0) == count + 1,
+                  "pyllm: attention's cu_seqlens_q and cu_seqlens_k must be int32 and of one length");
+  const auto* bounds = static_cast<const int32_t*>(cu_seqlens->data_ptr());
+  STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == rows && std::is_sorted(bounds, bounds + count + 1),
+                  "pyllm: attention's cu_seqlens must go from 0 up to the number of rows, never decreasing");
+  return bounds;
+}
+
+std::vector<Sequence> sequences_of(const Arguments& given) {
+  const int64_t batches = given.query.size(0), sq = given.query.size(2), sk = given.key.size(2);
+  const bool packed = given.cu_seqlens_q.has_value();
+  std::vector<Sequence> sequences;
+  if (packed) {
+    const OptionalTensor cu_q = as_contiguous(given.cu_seqlens_q), cu_k = as_contiguous(given.cu_seqlens_k);
+    const int64_t count = cu_q->numel() - 1;
+    STD_TORCH_CHECK(batches == 1 && count >= 0, "pyllm: packed sequences must have a batch size of 1");
+    const int32_t *q = bounds_of(cu_q, count, sq), *k = bounds_of(cu_k, count, sk);
+    for (int64_t i = 0; i < count; ++i) {
+      sequences.push_back({.index = i,
+                           .batch = 0,
+                           .query = q[i],
+                           .key = k[i],
+                           .sq = q[i + 1] - q[i],
+                           .sk = k[i + 1] - k[i],
+                           .shift = 0});
+    }
+  } else {
+    for (int64_t i = 0; i < batches; ++i)
+      sequences.push_back({.index = i, .batch = i, .query = 0, .key = 0, .sq = sq, .sk = sk, .shift = 0});
+  }
+  if (given.bottom_right)
+    for (Sequence& sequence : sequences) sequence.shift = sequence.sk - sequence.sq;
+  return sequences;
+}
+
+int64_t pairs(const Sequence& sequence) { return sequence.sq * sequence.sk; }
+
+// What a call is made of, and the tensors that its pointers point into.
 struct Call {
   Tensor query, key, value;
-  OptionalTensor mask, padding;
+  OptionalTensor mask, padding, distance_bias, slopes;
+  std::vector<Sequence> sequences;
   Attention args;
 
-  Call(const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const OptionalTensor& mask_in,
-       const OptionalTensor& padding_in, const OptionalTensor& rng, double scale, double dropout_p, int64_t left,
-       int64_t right, bool bottom_right, bool padded_keys)
-      : query(with_contiguous_rows(query_in)),
-        key(packed(key_in, padded_keys)),
-        value(packed(value_in, true)),
-        mask(with_readable_columns(mask_in)),
-        padding(as_contiguous(padding_in)) {
-    const int64_t sq = query.size(2), sk = key.size(2);
-    STD_TORCH_CHECK(query.dim() == 4 && key_in.scalar_type() == query.scalar_type() &&
-                        value_in.scalar_type() == query.scalar_type() && query.size(1) % key.size(1) == 0,
+  Call(const Arguments& given, bool padded_keys)
+      : query(with_contiguous_rows(given.query)),
+        key(packed(given.key, padded_keys)),
+        value(packed(given.value, true)),
+        mask(with_readable_columns(given.mask)),
+        padding(as_contiguous(given.padding)),
+        distance_bias(as_contiguous(given.distance_bias)),
+        slopes(as_contiguous(given.slopes)),
+        sequences(sequences_of(given)) {
+    STD_TORCH_CHECK(query.dim() == 4 && given.key.scalar_type() == query.scalar_type() &&
+                        given.value.scalar_type() == query.scalar_type() && query.size(1) % key.size(1) == 0,
                     "pyllm: attention's query, key and value must have 4 dimensions, one dtype and heads that divide");
+    int64_t longest_q = 0, longest_k = 0;
+    for (const Sequence& sequence : sequences) {
+      longest_q = std::max(longest_q, sequence.sq);
+      longest_k = std::max(longest_k, sequence.sk);
+    }
+    const int64_t furthest = longest_q + longest_k;  // beyond the distance of any query from any key
     args = {.query = heads_of(query),
             .key = heads_of(key),
             .value = heads_of(value),
-            .mask = {},
-            .padding = padding.has_value() ? static_cast<const bool*>(padding->data_ptr()) : nullptr,
             .batches = query.size(0),
             .heads = query.size(1),
             .kv_heads = key.size(1),
-            .sq = sq,
-            .sk = sk,
+            .sq = query.size(2),
+            .sk = key.size(2),
             .dim = query.size(3),
-            .scale = scale,
-            .left = std::min(left, sq + sk),
-            .right = std::min(right, sq + sk),
-            .shift = bottom_right ? sk - sq : 0,
-            .dropout = dropout_of(rng, dropout_p)};
+            .sequences = sequences.data(),
+            .count = static_cast<int64_t>(sequences.size()),
+            .scale = given.scale,
+            .softcap = given.softcap,
+            .left = std::min(given.left, furthest),
+            .right = std::min(given.right, furthest),
+            .dropout = dropout_of(given.rng, given.dropout_p)};
     if (mask.has_value()) {
+      const auto covers = [&](int64_t i, int64_t size) { return mask->size(i) == 1 || mask->size(i) >= size; };
+      STD_TORCH_CHECK(covers(0, args.count) && covers(1, args.heads) && covers(2, longest_q) && covers(3, longest_k),
+                      "pyllm: attention's attn_mask must cover the longest sequences");
       const auto stride = [&](int64_t i) { return mask->size(i) == 1 ? int64_t{0} : mask->stride(i); };
       args.mask = {array(mask), stride(0), stride(1), stride(2), stride(3)};
     }
+    if (padding.has_value()) args.padding = static_cast<const bool*>(padding->data_ptr());
+    if (distance_bias.has_value()) {
+      args.distance_bias = array(distance_bias);
+      args.distances = distance_bias->size(1);
+      args.reach = std::min(args.distances / 2, furthest);
+    }
+    if (slopes.has_value()) {
+      args.slopes = array(slopes);
+      args.slopes_sequence = slopes->size(0) == 1 ? 0 : args.heads;
+    }
+    for (const OptionalTensor& bias : {distance_bias, slopes}) {
+      STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == statistics_type(query) && bias->dim() == 2),
+                      "pyllm: attention's biases by distance must have 2 dimensions and the statistics type");
+    }
+  }
+
+  // Multiplications of one of the products over all pairs
+  int64_t work() const {
+    int64_t total = 0;
+    for (const Sequence& sequence : sequences) total += pairs(sequence);
+    return total * args.heads * args.dim;
   }
 };
 
-int64_t grain(const Attention& args, int64_t rows) {
-  return std::max<int64_t>(1, kGrain / (1 + rows * args.sk * args.dim));
+// Runs the kernel on every task. Their costs differ: whichever thread is free takes the next ones.
+template <class Args>
+void run_tasks(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t tasks, int64_t work) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t workers = std::min({threads, tasks, work / kGrain + 1});
+  const int64_t share = std::max<int64_t>(1, tasks / (64 * threads));
+  std::atomic<int64_t> next{0};
+  parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(share)) < tasks;) kernel(args, begin, std::min(begin + share, tasks));
+  });
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                          const OptionalTensor& mask, const OptionalTensor& padding,
-                                         const OptionalTensor& rng, double scale, double dropout_p, int64_t left,
-                                         int64_t right, bool bottom_right) {
-  const Call call(query, key, value, mask, padding, rng, scale, dropout_p, left, right, bottom_right, false);
+                                         const OptionalTensor& distance_bias, const OptionalTensor& slopes,
+                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                         const OptionalTensor& rng, double scale, double softcap, double dropout_p,
+                                         int64_t left, int64_t right, bool bottom_right) {
+  const Call call({query, key, value, mask, padding, distance_bias, slopes, cu_seqlens_q, cu_seqlens_k, rng, scale,
+                   softcap, dropout_p, left, right, bottom_right},
+                  false);
   const Attention& args = call.args;
   Tensor out = new_like(query);
   Tensor lse = new_empty(query, {args.batches, args.heads, args.sq}, statistics_type(query));
-  const AttentionForward forward{.call = args, .out = heads_of(out), .lse = lse.data_ptr()};
-  parallel_for(0, args.batches * args.heads * args.blocks(), grain(args, std::min<int64_t>(args.sq, kQueryBlock)),
-               [&, kernel = pick_attention_fwd()](int64_t begin, int64_t end) { kernel(forward, begin, end); });
+  std::vector<QueryBlock> blocks;  // of a causal sequence the one with most keys first, so that threads end together
+  for (const Sequence& sequence : call.sequences)
+    for (int64_t index = blocks_of(sequence.sq) - 1; index >= 0; --index) blocks.push_back({&sequence, index});
+  const AttentionForward forward{.call = args,
+                                 .out = heads_of(out),
+                                 .lse = lse.data_ptr(),
+                                 .blocks = blocks.data(),
+                                 .block_count = static_cast<int64_t>(blocks.size())};
+  run_tasks(pick_attention_fwd(), forward, args.heads * forward.block_count, call.work());
   return {out, lse};
 }
 
-// Into how many parts a key head's queries are dealt out, so that threads get equal shares: each part costs memory for
-// its own gradient of the keys and values, so one part where there are many heads for each thread.
-int64_t parts_of(const Attention& args) {
-  const int64_t key_heads = std::max<int64_t>(1, args.batches * args.kv_heads);
+// Into how many parts the queries of a sequence and key head are dealt out, so that threads get equal shares: each part
+// costs memory for its own gradients of the keys and values, so one part where there are many heads for each thread.
+// Of packed sequences those count that are as long as the longest.
+int64_t parts_of(const Call& call) {
+  const Attention& args = call.args;
+  int64_t all = 0, most = 1, blocks = 1;
+  for (const Sequence& sequence : call.sequences) {
+    all += pairs(sequence);
+    most = std::max(most, pairs(sequence));
+    blocks = std::max(blocks, blocks_of(sequence.sq));
+  }
+  const int64_t key_heads = std::max<int64_t>(1, all / most * args.kv_heads);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = key_heads >= 8 * threads ? 1 : threads / std::gcd(key_heads, threads);
-  return std::clamp<int64_t>(args.heads / args.kv_heads * args.blocks(), 1, parts);
+  return std::min(args.heads / args.kv_heads * blocks, parts);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const OptionalTensor& dlse_in,
-                                                         const Tensor& query, const Tensor& key, const Tensor& value,
-                                                         const OptionalTensor& mask, const OptionalTensor& padding,
-                                                         const OptionalTensor& rng, const Tensor& out_in,
-                                                         const Tensor& lse_in, double scale, double dropout_p,
-                                                         int64_t left, int64_t right, bool bottom_right,
-                                                         bool mask_gradient) {
-  const Call call(query, key, value, mask, padding, rng, scale, dropout_p, left, right, bottom_right, true);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& out_in, const Tensor& lse_in,
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
+    const OptionalTensor& padding, const OptionalTensor& distance_bias, const OptionalTensor& slopes,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& rng, double scale,
+    double softcap, double dropout_p, int64_t left, int64_t right, bool bottom_right, bool mask_gradient,
+    bool bias_gradient) {
+  const Call call({query, key, value, mask, padding, distance_bias, slopes, cu_seqlens_q, cu_seqlens_k, rng, scale,
+                   softcap, dropout_p, left, right, bottom_right},
+                  true);
   const Attention& args = call.args;
   const Tensor dout = with_contiguous_rows(dout_in), out = with_contiguous_rows(out_in), lse = as_contiguous(lse_in);
   const OptionalTensor dlse = as_contiguous(dlse_in);
   Tensor dquery = new_like(query), dkey = new_like(key), dvalue = new_like(value);
-  const int64_t parts = parts_of(args), tasks = args.batches * args.kv_heads * parts;
-  Tensor partials = new_empty(query, {tasks, 2, args.sk, padded_width(query)}, statistics_type(query));
+  const int64_t parts = parts_of(call), keys = args.batches * args.sk, summed = 2 * args.reach + 1;
+  const ScalarType statistics = statistics_type(query);
+  Tensor partials = new_empty(query, {args.kv_heads, parts, 2, keys, padded_width(query)}, statistics);
+  Tensor bias_partials = new_empty(query, {bias_gradient ? args.heads : 0, args.count * parts, summed}, statistics);
   const AttentionBackward backward{.call = args,
                                    .out = heads_of(out),
                                    .dout = heads_of(dout),
@@ -137,34 +249,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, 
                                    .lse = lse.data_ptr(),
                                    .dlse = dlse.has_value() ? dlse->data_ptr() : nullptr,
                                    .partials = partials.data_ptr(),
+                                   .bias_partials = bias_gradient ? bias_partials.data_ptr() : nullptr,
                                    .parts = parts};
-  parallel_for(0, tasks, grain(args, args.sq),
-               [&, kernel = pick_attention_bwd()](int64_t begin, int64_t end) { kernel(backward, begin, end); });
+  run_tasks(pick_attention_bwd(), backward, args.count * args.kv_heads * parts, call.work());
 
   const KeyGradient sums{.partials = partials.data_ptr(),
                          .dkey = heads_of(dkey),
                          .dvalue = heads_of(dvalue),
-                         .kv_heads = args.kv_heads,
+                         .keys = keys,
                          .parts = parts,
                          .sk = args.sk,
                          .dim = args.dim,
                          .scale = scale};
-  parallel_for(0, args.batches * args.kv_heads * args.sk, rows_per_task(args.dim),
+  parallel_for(0, args.kv_heads * keys, rows_per_task(args.dim),
                [&, kernel = pick_attention_key_gradient()](int64_t begin, int64_t end) { kernel(sums, begin, end); });
+
+  Tensor dbias = bias_gradient ? new_empty(*distance_bias, distance_bias->sizes()) : new_empty(query, {0});
+  if (bias_gradient) {
+    const BiasGradient gradient{.partials = bias_partials.data_ptr(),
+                                .dbias = array(dbias),
+                                .parts = args.count * parts,
+                                .summed = summed,
+                                .distances = args.distances};
+    run_tasks(pick_attention_bias_gradient(), gradient, args.heads, bias_partials.numel());
+  }
 
   Tensor dmask = mask_gradient ? new_empty(*mask, mask->sizes()) : new_empty(query, {0});
   if (mask_gradient) {
     const MaskGradient gradient{.backward = backward,
                                 .dmask = array(dmask),
-                                .batches = mask->size(0),
+                                .sequences = mask->size(0),
                                 .heads = mask->size(1),
                                 .rows = mask->size(2),
                                 .columns = mask->size(3)};
-    parallel_for(
-        0, mask->size(0) * mask->size(1) * gradient.row_blocks() * gradient.column_blocks(), 1,
-        [&, kernel = pick_attention_mask_gradient()](int64_t begin, int64_t end) { kernel(gradient, begin, end); });
+    run_tasks(pick_attention_mask_gradient(), gradient,
+              mask->size(0) * mask->size(1) * gradient.row_blocks() * gradient.column_blocks(), call.work());
   }
-  return {dquery, dkey, dvalue, dmask};
+  return {dquery, dkey, dvalue, dmask, dbias};
 }
 
 }  // namespace

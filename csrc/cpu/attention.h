@@ -24,58 +24,85 @@ struct Heads {
   }
 };
 
-// (B, H, Sq, Sk), strides 0 where the mask has size 1; the column's is 0 or 1.
+// (sequences, H, Sq, Sk), strides 0 where the mask has size 1; the column's is 0 or 1.
 struct ScoreMask {
   Array data;
-  int64_t batch = 0, head = 0, row = 0, column = 0;
+  int64_t sequence = 0, head = 0, row = 0, column = 0;
 };
+
+// One of the sequences of a call. `batch`, `query` and `key` tell where its rows begin in the tensors.
+struct Sequence {
+  int64_t index, batch, query, key, sq, sk;
+  int64_t shift;  // what is added to a query's index before it is compared with a key's
+};
+
+// A sequence's queries [index * kQueryBlock, (index + 1) * kQueryBlock).
+struct QueryBlock {
+  const Sequence* sequence;
+  int64_t index;
+};
+
+inline int64_t blocks_of(int64_t queries) { return (queries + kQueryBlock - 1) / kQueryBlock; }
 
 // What forward and backward share. key and value are in the compute type; value's rows (in backward, key's too) can be
 // read up to their padded width.
 struct Attention {
   Heads query, key, value;
-  ScoreMask mask;
-  const bool* padding;  // (B, Sk), contiguous, or null
-  int64_t batches, heads, kv_heads, sq, sk, dim;
-  double scale;
+  int64_t batches, heads, kv_heads, sq, sk, dim;  // of the tensors
+  const Sequence* sequences;
+  int64_t count;  // of the sequences
+  double scale, softcap;
   int64_t left, right;  // -1: no bound
-  int64_t shift;        // what is added to a query's index before it is compared with a key's
   Dropout dropout;
-
-  int64_t blocks() const { return (sq + kQueryBlock - 1) / kQueryBlock; }
+  ScoreMask mask = {};
+  const bool* padding = nullptr;  // (B, Sk), contiguous
+  Array distance_bias = {};  // (H, distances), statistics type; beyond -reach to reach it is constant or not needed
+  int64_t distances = 0, reach = 0;
+  Array slopes = {};  // (sequences or 1, H), statistics type
+  int64_t slopes_sequence = 0;
 };
 
 struct AttentionForward {
   Attention call;
   Heads out;
   void* lse;  // (B, H, Sq), statistics type
+  const QueryBlock* blocks;
+  int64_t block_count;
 };
 
-// The (head of the group, query block) pairs of a key head are dealt out to `parts` tasks; each writes its sums of the
-// gradients of key and value, (2, Sk, padded width), to its own part of `partials` (B, Hkv, parts, 2, Sk, width).
+// The (head of the group, query block) pairs of a sequence and key head are dealt out to `parts` tasks; each writes its
+// sums of the gradients of key and value to its own part of `partials` (Hkv, parts, 2, B * Sk, padded width), and of
+// the bias to `bias_partials` (H, sequences, parts, 2 * reach + 1).
 struct AttentionBackward {
   Attention call;
   Heads out, dout, dquery;
-  const void *lse, *dlse;  // (B, H, Sq); dlse may be null
-  void* partials;
+  const void *lse, *dlse;          // (B, H, Sq); dlse may be null
+  void *partials, *bias_partials;  // bias_partials: null if not asked for
   int64_t parts;
 };
 
-// dkey = scale * sum of the parts; dvalue = sum of the parts.
+// dkey = scale * sum of the parts; dvalue = sum of the parts. keys: B * Sk.
 struct KeyGradient {
   const void* partials;
   Heads dkey, dvalue;
-  int64_t kv_heads, parts, sk, dim;
+  int64_t keys, parts, sk, dim;
   double scale;
 };
 
-// The gradient of the mask, contiguous, of the shape (batches, heads, rows, columns), each the mask's own size.
+// The gradient of the bias (H, distances): the sums of the parts (H, parts, summed) in the middle, 0 beyond.
+struct BiasGradient {
+  const void* partials;
+  Array dbias;
+  int64_t parts, summed, distances;
+};
+
+// The gradient of the mask, contiguous, of the shape (sequences, heads, rows, columns), each the mask's own size.
 struct MaskGradient {
   AttentionBackward backward;
   Array dmask;
-  int64_t batches, heads, rows, columns;
+  int64_t sequences, heads, rows, columns;
 
-  int64_t row_blocks() const { return rows == 1 ? 1 : (rows + kQueryBlock - 1) / kQueryBlock; }
+  int64_t row_blocks() const { return rows == 1 ? 1 : blocks_of(rows); }
   int64_t column_blocks() const { return columns == 1 ? 1 : (columns + kKeyBlock - 1) / kKeyBlock; }
 };
 
@@ -86,9 +113,10 @@ struct PackRows {
   int64_t heads, rows, dim;
 };
 
-PYLLM_KERNEL(attention_fwd, AttentionForward)        // over B * H * query blocks
-PYLLM_KERNEL(attention_bwd, AttentionBackward)       // over B * Hkv * parts
-PYLLM_KERNEL(attention_key_gradient, KeyGradient)    // over B * Hkv * Sk
+PYLLM_KERNEL(attention_fwd, AttentionForward)        // over H * query blocks
+PYLLM_KERNEL(attention_bwd, AttentionBackward)       // over sequences * Hkv * parts
+PYLLM_KERNEL(attention_key_gradient, KeyGradient)    // over Hkv * B * Sk
+PYLLM_KERNEL(attention_bias_gradient, BiasGradient)  // over H
 PYLLM_KERNEL(attention_mask_gradient, MaskGradient)  // over blocks of the mask
 PYLLM_KERNEL(attention_pack, PackRows)               // over B * H * S
 

@@ -2,11 +2,13 @@
 // second-level cache. Tiles hold the scores transposed, a row a key and a lane a query: then K and V are read where
 // they are, no reduction crosses lanes, and only Q (and dO) are transposed, once for each block.
 //
-// Forward, a task for each block of queries: S' = K Q', softmax down the columns, O = O * rescale + P V.
-// Backward, a task for each key head (or part of its queries): S' = K Q', dP' = V dO', dV += P' dO, dK += dS' Q,
-// dQ = dS K, with P recomputed from the log-sum-exp. dQ is complete after a block; dK and dV go to the task's own
-// buffer, so nothing is shared and no sum depends on timing.
+// Forward, a task for each block of queries of a sequence: S' = K Q', softmax down the columns, O = O * rescale + P V.
+// Backward, a task for each key head of a sequence (or part of its queries): S' = K Q', dP' = V dO', dV += P' dO,
+// dK += dS' Q, dQ = dS K, with P recomputed from the log-sum-exp. dQ is complete after a block; dK, dV and the sums of
+// dS along diagonals, which are the gradient of the bias by distance, go to the task's own buffer, so nothing is shared
+// and no sum depends on timing.
 // The gradient of a mask recomputes dS, a task for each tile of the mask, and sums it over what was broadcast.
+// Tiles that the band or the mask empties are skipped.
 //
 // Bytes: Q, O, dO, dQ once; K and V once for each block of queries, from cache where a head's fit. FLOPs for each pair
 // inside the band: 4 D forward, 10 D backward, 4 D more for the gradient of a mask.
@@ -17,6 +19,7 @@
 //                     backward    93, causal 82      75, causal 51
 // (1, 8, 2048, 128)   forward     94, causal 89      85, causal 67
 //                     backward    94, causal 89      83, causal 66
+// T5's bias or ALiBi: 2 % less, with the bias's gradient 3 %; a softcap: 15 % forward, 10 % backward.
 // AVX2 there: 74 forward and 77 backward at (2, 12, 1024, 64); portable: 25 and 28.
 #include "cpu/attention.h"
 
@@ -37,6 +40,11 @@ template <class C, class Term>
     total += part;
   }
   return total;
+}
+
+// Where a block's statistics begin in (B, H, Sq).
+inline int64_t statistics_index(const Attention& call, const Block& block) {
+  return (block.sequence->batch * call.heads + block.head) * call.sq + block.query_row();
 }
 
 // --- forward ---
@@ -76,19 +84,22 @@ template <class T>
 void forward(const AttentionForward& args, int64_t task) {
   using C = Compute<T>;
   const Attention& call = args.call;
-  const int64_t width = padded<C>(call.dim), blocks = call.blocks(), head = task / blocks;
-  const Block block = make_block(call, head / call.heads, head % call.heads, balanced(task % blocks, blocks));
+  const int64_t width = padded<C>(call.dim);
+  const QueryBlock& queries = args.blocks[task % args.block_count];
+  const Block block = make_block(call, *queries.sequence, task / args.block_count, queries.index);
+  const int64_t batch = block.sequence->batch;
   C* query_t = scratch<C, 0>(width * kQueryBlock);
   C* scores = scratch<C, 1>(kKeyBlock * kQueryBlock);
   C* out = scratch<C, 2>(kQueryBlock * width);
-  const T* query = call.query.at<const T>(block.batch, block.head, block.first);
+  const T* query = call.query.at<const T>(batch, block.head, block.query_row());
   transpose_rows<C>(block.count, call.dim, query_t, [&](int row, int64_t column, int count) {
     return load(query + row * call.query.row + column, count);
   });
   Softmax<C> softmax;
+  bool begun = false;
   for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
     const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
-    make_scores(call, block, key, keys, query_t, scores);
+    if (!make_scores<C>(call, block, key, keys, query_t, scores, nullptr)) continue;
     exponentiate(block, keys, scores, softmax);
     if (call.dropout) {
       const C* keep = keep_factors<C>(call, block, key, keys);
@@ -99,15 +110,16 @@ void forward(const AttentionForward& args, int64_t task) {
       }
     }
     multiply_add<true>(block.count, width, keys, scores, kQueryBlock,
-                       call.value.at<const C>(block.batch, block.key_head, key), call.value.row, out, width,
-                       Update<C>{.set = key == block.begin, .beta = softmax.rescale});
+                       call.value.at<const C>(batch, block.key_head, block.key_row(key)), call.value.row, out, width,
+                       Update<C>{.set = !begun, .beta = softmax.rescale});
+    begun = true;
   }
-  C* lse = static_cast<C*>(args.lse) + head * call.sq + block.first;
+  C* lse = static_cast<C*>(args.lse) + statistics_index(call, block);
   for (int row = 0; row < block.count; ++row) {
     const C total = softmax.total[row];
     const bool empty = total == 0;
     lse[row] = empty ? -kInfinity<C> : softmax.peak[row] + std::log(total);
-    T* to = args.out.at<T>(block.batch, block.head, block.first + row);
+    T* to = args.out.at<T>(batch, block.head, block.query_row() + row);
     for_vectors<C>(call.dim, [&](int64_t i, int count) {
       store(to + i, empty ? Vec<C>{} : load(out + row * width + i) / total, count);
     });
@@ -128,7 +140,8 @@ struct Rows {
 template <class T, class C>
 void load_rows(const Heads& from, const Block& block, int64_t dim, int64_t width, C* to, C* to_t) {
   for (int row = 0; row < block.count; ++row)
-    convert_row(from.at<const T>(block.batch, block.head, block.first + row), dim, to + row * width, width);
+    convert_row(from.at<const T>(block.sequence->batch, block.head, block.query_row() + row), dim, to + row * width,
+                width);
   transpose_rows<C>(block.count, width, to_t,
                     [&](int row, int64_t column, int) { return load(to + row * width + column); });
 }
@@ -153,7 +166,7 @@ void load_block(const AttentionBackward& args, const Block& block, int64_t width
       delta += load(rows.dout_t + d * kQueryBlock + i) * load(out_t + d * kQueryBlock + i);
     store(rows.delta + i, delta);
   });
-  const int64_t index = (block.batch * call.heads + block.head) * call.sq + block.first;
+  const int64_t index = statistics_index(call, block);
   for (int row = 0; row < kQueryBlock; ++row) {
     const C lse = row < block.count ? static_cast<const C*>(args.lse)[index + row] : -kInfinity<C>;
     const bool empty = lse == -kInfinity<C>;
@@ -163,14 +176,14 @@ void load_block(const AttentionBackward& args, const Block& block, int64_t width
   }
 }
 
-// The tile's P (dropout applied) and dS, transposed.
+// The tile's P (dropout applied) and dS, transposed, and what `make_scores` makes and returns.
 template <class C>
-void score_gradients(const Attention& call, const Block& block, const Rows<C>& rows, int64_t key, int keys, C* p,
-                     C* ds) {
-  make_scores(call, block, key, keys, rows.query_t, p);
+bool score_gradients(const Attention& call, const Block& block, const Rows<C>& rows, int64_t key, int keys, C* p, C* ds,
+                     C* derivatives) {
+  if (!make_scores(call, block, key, keys, rows.query_t, p, derivatives)) return false;
   multiply_add<false>(keys, vectors<C>(block) * kLanes<C>, call.dim,
-                      call.value.at<const C>(block.batch, block.key_head, key), call.value.row, rows.dout_t,
-                      kQueryBlock, ds, kQueryBlock, Update<C>{.set = true});
+                      call.value.at<const C>(block.sequence->batch, block.key_head, block.key_row(key)), call.value.row,
+                      rows.dout_t, kQueryBlock, ds, kQueryBlock, Update<C>{.set = true});
   const C* keep = call.dropout ? keep_factors<C>(call, block, key, keys) : nullptr;
   // The rounding of lse and of out moves a whole row; where all of the row is here, its own sums are used instead.
   const bool whole = key == block.begin && key + keys == block.end;
@@ -196,62 +209,120 @@ void score_gradients(const Attention& call, const Block& block, const Rows<C>& r
       store(at(ds, j), weight * ((load(at(ds, j)) - delta) + dlse));
     }
   });
+  return true;
+}
+
+// Adds the sums of dS by distance to `totals`, (2 * reach + 1).
+template <class C>
+void sum_by_distance(const Attention& call, const Block& block, int64_t key, int keys, const C* ds, C* totals) {
+  ByDistance<C> sums{};
+  // Rows that are added to the same numbers are far apart in time, so that no load waits for a store.
+  for (int first = 0; first < kQueryBlock; ++first) {
+    for (int j = first; j < keys; j += kQueryBlock) {
+      C* to = sums.row(j);
+      for_lanes<C>(block, [&](int i) { store(to + i, load(to + i) + load(ds + j * kQueryBlock + i)); });
+    }
+  }
+  C below = 0, above = 0;
+  sums.each(block, key, keys, [&](C sum, int64_t distance) {
+    if (distance <= -call.reach) {
+      below += sum;
+    } else if (distance >= call.reach) {
+      above += sum;
+    } else {
+      totals[distance + call.reach] += sum;
+    }
+  });
+  totals[0] += below;
+  totals[2 * call.reach] += above;
 }
 
 template <class T>
 void backward(const AttentionBackward& args, int64_t task) {
   using C = Compute<T>;
   const Attention& call = args.call;
-  const int64_t width = padded<C>(call.dim), blocks = call.blocks(), group = call.heads / call.kv_heads;
+  const int64_t width = padded<C>(call.dim), group = call.heads / call.kv_heads;
   const int64_t part = task % args.parts, key_head = task / args.parts % call.kv_heads;
-  const int64_t batch = task / args.parts / call.kv_heads;
-  C* dkey = static_cast<C*>(args.partials) + task * 2 * call.sk * width;
-  C* dvalue = dkey + call.sk * width;
-  std::memset(dkey, 0, 2 * call.sk * width * sizeof(C));
+  const Sequence& sequence = call.sequences[task / args.parts / call.kv_heads];
+  const int64_t blocks = blocks_of(sequence.sq), keys_of_all = call.batches * call.sk;
+  C* dkey = static_cast<C*>(args.partials) +
+            ((key_head * args.parts + part) * 2 * keys_of_all + sequence.batch * call.sk + sequence.key) * width;
+  C* dvalue = dkey + keys_of_all * width;
+  std::memset(dkey, 0, sequence.sk * width * sizeof(C));
+  std::memset(dvalue, 0, sequence.sk * width * sizeof(C));
+  const auto bias_sums = [&](int64_t head) {
+    return static_cast<C*>(args.bias_partials) +
+           ((head * call.count + sequence.index) * args.parts + part) * (2 * call.reach + 1);
+  };
+  if (args.bias_partials != nullptr) {
+    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
+      std::memset(bias_sums(head), 0, (2 * call.reach + 1) * sizeof(C));
+  }
   C* p = scratch<C, 1>(kKeyBlock * kQueryBlock);
   C* ds = scratch<C, 2>(kKeyBlock * kQueryBlock);
   C* dquery = scratch<C, 3>(kQueryBlock * width);
+  C* derivatives = call.softcap != 0 ? scratch<C, 4>(kKeyBlock * kQueryBlock) : nullptr;
   Rows<C> rows;
   constexpr Update<C> add{};
   for (int64_t item = part; item < group * blocks; item += args.parts) {
-    const Block block = make_block(call, batch, key_head * group + item / blocks, item % blocks);
+    const Block block = make_block(call, sequence, key_head * group + item / blocks, item % blocks);
     load_block<T>(args, block, width, rows);
     std::memset(dquery, 0, kQueryBlock * width * sizeof(C));
     for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
       const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
-      score_gradients(call, block, rows, key, keys, p, ds);
+      if (!score_gradients(call, block, rows, key, keys, p, ds, derivatives)) continue;
+      if (args.bias_partials != nullptr) sum_by_distance(call, block, key, keys, ds, bias_sums(block.head));
+      if (derivatives != nullptr) {
+        for (int j = 0; j < keys; ++j) {
+          for_lanes<C>(block, [&, at = j * kQueryBlock](int i) {
+            store(ds + at + i, load(ds + at + i) * load(derivatives + at + i));
+          });
+        }
+      }
       multiply_add<false>(keys, width, block.count, p, kQueryBlock, rows.dout, width, dvalue + key * width, width, add);
       multiply_add<false>(keys, width, block.count, ds, kQueryBlock, rows.query, width, dkey + key * width, width, add);
-      multiply_add<true>(block.count, width, keys, ds, kQueryBlock, call.key.at<const C>(batch, key_head, key),
-                         call.key.row, dquery, width, add);
+      multiply_add<true>(block.count, width, keys, ds, kQueryBlock,
+                         call.key.at<const C>(sequence.batch, key_head, block.key_row(key)), call.key.row, dquery,
+                         width, add);
     }
     const C scale = static_cast<C>(call.scale);
     for (int row = 0; row < block.count; ++row) {
-      T* to = args.dquery.at<T>(batch, block.head, block.first + row);
+      T* to = args.dquery.at<T>(sequence.batch, block.head, block.query_row() + row);
       for_vectors<C>(call.dim,
                      [&](int64_t i, int count) { store(to + i, load(dquery + row * width + i) * scale, count); });
     }
   }
 }
 
+// to[i] = scale * the sum over the parts of from[part * stride + i], for i below n
+template <class C, class T>
+void sum_parts(const C* from, int64_t parts, int64_t stride, int64_t n, C scale, T* to) {
+  for_vectors<C>(n, [&](int64_t i, int count) {
+    Vec<C> total{};
+    for (int64_t part = 0; part < parts; ++part) total += load(from + part * stride + i, count);
+    store(to + i, total * scale, count);
+  });
+}
+
 template <class T>
 void key_gradient(const KeyGradient& args, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const int64_t width = padded<C>(args.dim);
+  const int64_t width = padded<C>(args.dim), size = args.keys * width;
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t row = index % args.sk, head = index / args.sk;
-    const C* part = static_cast<const C*>(args.partials) + head * args.parts * 2 * args.sk * width + row * width;
-    const auto sum_parts = [&](const C* from, C scale, T* to) {
-      for_vectors<C>(args.dim, [&](int64_t i, int count) {
-        Vec<C> total{};
-        for (int64_t k = 0; k < args.parts; ++k) total += load(from + k * 2 * args.sk * width + i);
-        store(to + i, total * scale, count);
-      });
-    };
-    const int64_t batch = head / args.kv_heads, key_head = head % args.kv_heads;
-    sum_parts(part, static_cast<C>(args.scale), args.dkey.at<T>(batch, key_head, row));
-    sum_parts(part + args.sk * width, 1, args.dvalue.at<T>(batch, key_head, row));
+    const int64_t head = index / args.keys, key = index % args.keys, batch = key / args.sk, row = key % args.sk;
+    const C* part = static_cast<const C*>(args.partials) + head * args.parts * 2 * size + key * width;
+    sum_parts(part, args.parts, 2 * size, args.dim, static_cast<C>(args.scale), args.dkey.at<T>(batch, head, row));
+    sum_parts(part + size, args.parts, 2 * size, args.dim, C{1}, args.dvalue.at<T>(batch, head, row));
   }
+}
+
+template <class C>
+void bias_gradient(const BiasGradient& args, int64_t head) {
+  const int64_t beyond = (args.distances - args.summed) / 2;
+  C* to = args.dbias.as<C>() + head * args.distances;
+  std::memset(to, 0, args.distances * sizeof(C));
+  sum_parts(static_cast<const C*>(args.partials) + head * args.parts * args.summed, args.parts, args.summed,
+            args.summed, C{1}, to + beyond);
 }
 
 // dS summed over what the mask was broadcast to, for one tile of the mask.
@@ -262,30 +333,31 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
   const int64_t width = padded<C>(call.dim);
   const int64_t column_block = task % args.column_blocks(), row_block = task / args.column_blocks() % args.row_blocks();
   const int64_t head = task / args.column_blocks() / args.row_blocks();
-  const int64_t mask_batch = head / args.heads, mask_head = head % args.heads;
-  // Keys of this tile of the mask: all where its columns are broadcast.
+  const int64_t mask_sequence = head / args.heads, mask_head = head % args.heads;
   const int64_t column_begin = column_block * kKeyBlock;
-  const int64_t column_end =
-      args.columns == 1 || column_begin + kKeyBlock > call.sk ? call.sk : column_begin + kKeyBlock;
   C* p = scratch<C, 1>(kKeyBlock * kQueryBlock);
   C* ds = scratch<C, 2>(kKeyBlock * kQueryBlock);
   C* sums = scratch<C, 3>(kKeyBlock * kQueryBlock);
   std::memset(sums, 0, kKeyBlock * kQueryBlock * sizeof(C));
   Rows<C> rows;
   const auto each = [](int64_t own, int64_t size, int64_t full, auto&& body) {
-    for (int64_t i = size == 1 ? 0 : own; i < (size == 1 ? full : own + 1); ++i) body(i);
+    for (int64_t i = size == 1 ? 0 : own; i < full && (size == 1 || i == own); ++i) body(i);
   };
-  each(mask_batch, args.batches, call.batches, [&](int64_t b) {
+  each(mask_sequence, args.sequences, call.count, [&](int64_t s) {
+    const Sequence& sequence = call.sequences[s];
+    // Keys of this tile of the mask: all where its columns are broadcast.
+    const int64_t column_end =
+        args.columns == 1 || column_begin + kKeyBlock > sequence.sk ? sequence.sk : column_begin + kKeyBlock;
     each(mask_head, args.heads, call.heads, [&](int64_t h) {
-      each(row_block, args.rows, call.blocks(), [&](int64_t index) {
-        const Block block = make_block(call, b, h, index);
+      each(row_block, args.rows, blocks_of(sequence.sq), [&](int64_t index) {
+        const Block block = make_block(call, sequence, h, index);
         const int64_t begin = block.begin > column_begin ? block.begin : column_begin;
         const int64_t end = block.end < column_end ? block.end : column_end;
         if (begin < end) load_block<T>(args.backward, block, width, rows);
         for (int64_t key = begin; key < end; key += kKeyBlock) {
           // Where the columns are not broadcast, a key's row of `sums` is its place in the tile.
           const int keys = end - key < kKeyBlock ? static_cast<int>(end - key) : kKeyBlock;
-          score_gradients(call, block, rows, key, keys, p, ds);
+          if (!score_gradients<C>(call, block, rows, key, keys, p, ds, nullptr)) continue;
           C* to = sums + (args.columns == 1 ? 0 : key - column_begin) * kQueryBlock;
           for (int j = 0; j < keys; ++j) {
             for_lanes<C>(
@@ -295,9 +367,9 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
       });
     });
   });
-  const int64_t row_begin = row_block * kQueryBlock;
+  const int64_t row_begin = row_block * kQueryBlock, columns_left = args.columns - column_begin;
   const int rows_here = args.rows - row_begin < kQueryBlock ? static_cast<int>(args.rows - row_begin) : kQueryBlock;
-  const int columns_here = args.columns == 1 ? 1 : static_cast<int>(column_end - column_begin);
+  const int columns_here = columns_left < kKeyBlock ? static_cast<int>(columns_left) : kKeyBlock;
   if (args.columns == 1) {
     for (int j = 1; j < kKeyBlock; ++j)
       for (int i = 0; i < kQueryBlock; ++i) sums[i] += sums[j * kQueryBlock + i];
@@ -350,6 +422,11 @@ void attention_bwd(const AttentionBackward& args, int64_t begin, int64_t end) {
 
 void attention_key_gradient(const KeyGradient& args, int64_t begin, int64_t end) {
   visit_dtype(args.dkey.data.dtype, [&](auto type) { key_gradient<decltype(type)>(args, begin, end); });
+}
+
+void attention_bias_gradient(const BiasGradient& args, int64_t begin, int64_t end) {
+  for (int64_t head = begin; head < end; ++head)
+    args.dbias.dtype == DType::f64 ? bias_gradient<double>(args, head) : bias_gradient<float>(args, head);
 }
 
 void attention_mask_gradient(const MaskGradient& args, int64_t begin, int64_t end) {

@@ -1,5 +1,5 @@
-// A tile of attention's scores, transposed: a row a key, a lane a query; scale, masks and dropout applied. Include it
-// only from *_kernel.cpp.
+// A tile of attention's scores, transposed: a row a key, a lane a query; scale, softcap, biases, masks and dropout
+// applied. Include it only from *_kernel.cpp.
 #pragma once
 
 #include "cpu/attention.h"
@@ -18,32 +18,37 @@ int64_t padded(int64_t dim) {
   return (dim + unit - 1) / unit * unit;
 }
 
-// Queries [first, first + count) of a head and the keys [begin, end) that some of them may see.
+// Queries [first, first + count) of a sequence and head, and the keys [begin, end) that some of them may see.
 struct Block {
-  int64_t batch = 0, head = 0, key_head = 0, first = 0, begin = 0, end = 0;
+  const Sequence* sequence = nullptr;
+  int64_t head = 0, key_head = 0, first = 0, begin = 0, end = 0;
   int count = 0;
+
+  int64_t query_row() const { return sequence->query + first; }
+  int64_t key_row(int64_t key) const { return sequence->key + key; }
 };
 
-inline Block make_block(const Attention& call, int64_t batch, int64_t head, int64_t index) {
-  Block block{.batch = batch, .head = head, .key_head = head / (call.heads / call.kv_heads)};
+// Which keys of a sequence are to be ignored, or null.
+inline const bool* ignored_keys(const Attention& call, const Sequence& sequence) {
+  return call.padding == nullptr ? nullptr : call.padding + sequence.batch * call.sk + sequence.key;
+}
+
+inline Block make_block(const Attention& call, const Sequence& sequence, int64_t head, int64_t index) {
+  Block block{.sequence = &sequence, .head = head, .key_head = head / (call.heads / call.kv_heads)};
   block.first = index * kQueryBlock;
-  const int64_t last = block.first + kQueryBlock < call.sq ? block.first + kQueryBlock : call.sq;
+  const int64_t last = block.first + kQueryBlock < sequence.sq ? block.first + kQueryBlock : sequence.sq;
   block.count = static_cast<int>(last - block.first);
-  block.begin = call.left < 0 ? 0 : block.first + call.shift - call.left;
-  block.end = call.right < 0 ? call.sk : last + call.shift + call.right;
+  block.begin = call.left < 0 ? 0 : block.first + sequence.shift - call.left;
+  block.end = call.right < 0 ? sequence.sk : last + sequence.shift + call.right;
   if (block.begin < 0) block.begin = 0;
-  if (block.end > call.sk) block.end = call.sk;
-  if (call.padding != nullptr) {
-    const bool* ignored = call.padding + batch * call.sk;
+  if (block.end > sequence.sk) block.end = sequence.sk;
+  if (const bool* ignored = ignored_keys(call, sequence)) {
     while (block.begin < block.end && ignored[block.begin]) ++block.begin;
     while (block.begin < block.end && ignored[block.end - 1]) --block.end;
   }
   block.begin = block.begin / kPhiloxGroup * kPhiloxGroup;
   return block;
 }
-
-// Blocks in an order in which every run of them has its share of long and short rows of keys.
-inline int64_t balanced(int64_t index, int64_t blocks) { return index % 2 == 0 ? index / 2 : blocks - 1 - index / 2; }
 
 // Vectors that hold the queries of a block.
 template <class C>
@@ -114,62 +119,115 @@ void visit_mask_type(DType dtype, Body&& body) {
   });
 }
 
-// The mask of a tile as added numbers, transposed.
+// The mask of a tile as added numbers, transposed; returns whether it leaves anything of the tile.
 template <class C>
-void load_mask(const ScoreMask& mask, const Block& block, int64_t key, int keys, C* to) {
-  const int64_t offset = block.batch * mask.batch + block.head * mask.head + block.first * mask.row + key * mask.column;
+bool load_mask(const ScoreMask& mask, const Block& block, int64_t key, int keys, C* to) {
+  const int64_t offset =
+      block.sequence->index * mask.sequence + block.head * mask.head + block.first * mask.row + key * mask.column;
+  auto left = Vec<C>{} != Vec<C>{};
   visit_mask_type<C>(mask.data.dtype, [&](auto type) {
     const auto* from = mask.data.as<const decltype(type)>() + offset;
     transpose_rows<C>(block.count, keys, to, [&](int row, int64_t column, int count) {
-      return mask_vector<C>(from + row * mask.row + column * mask.column, mask.column, count);
+      Vec<C> added = mask_vector<C>(from + row * mask.row + column * mask.column, mask.column, count);
+      for (int i = count; i < kLanes<C>; ++i) added[i] = -kInfinity<C>;
+      left |= added != -kInfinity<C>;
+      return added;
     });
+  });
+  for (int i = 0; i < kLanes<C>; ++i)
+    if (left[i]) return true;
+  return false;
+}
+
+// A number for each distance from a tile's keys to its queries. Row j of the tile finds those of its lanes at row(j).
+template <class C>
+struct ByDistance {
+  static constexpr int kSize = kKeyBlock + kQueryBlock;
+  alignas(64) C values[kSize];
+
+  C* row(int j) { return values + kKeyBlock - 1 - j; }
+
+  // body(value, distance) for the distances j - i that a tile of `keys` keys has, and a few more
+  template <class Body>
+  void each(const Block& block, int64_t key, int keys, Body&& body) {
+    const int64_t furthest = key + kKeyBlock - 1 - block.first - block.sequence->shift;
+    for (int n = kKeyBlock - keys; n < kSize; ++n) body(values[n], furthest - n);
+  }
+};
+
+// What a tile's scores gain by distance: the biases, and -inf outside the band.
+template <class C>
+void load_biases(const Attention& call, const Block& block, int64_t key, int keys, ByDistance<C>& to) {
+  const C slope = call.slopes ? call.slopes.as<C>()[block.sequence->index * call.slopes_sequence + block.head] : C{0};
+  const C* bias =  // of distance 0
+      call.distance_bias ? call.distance_bias.as<C>() + block.head * call.distances + call.distances / 2 : nullptr;
+  to.each(block, key, keys, [&](C& term, int64_t distance) {
+    const bool outside = (call.left >= 0 && distance < -call.left) || (call.right >= 0 && distance > call.right);
+    term = outside ? -kInfinity<C> : -slope * static_cast<C>(distance < 0 ? -distance : distance);
+    if (bias != nullptr)
+      term += bias[distance < -call.reach ? -call.reach : distance > call.reach ? call.reach : distance];
   });
 }
 
-// Scores (keys, kQueryBlock) of the keys from `key` on; query_t holds the queries transposed.
+// Scores (keys, kQueryBlock) of the keys from `key` on; query_t holds the queries transposed. With a softcap,
+// `derivatives`, unless null, receives those of the capped products by the plain ones.
+// Returns false, with the tile undefined, where the mask leaves nothing of it.
 template <class C>
-void make_scores(const Attention& call, const Block& block, int64_t key, int keys, const C* query_t, C* scores) {
-  multiply_add<false>(keys, vectors<C>(block) * kLanes<C>, call.dim,
-                      call.key.at<const C>(block.batch, block.key_head, key), call.key.row, query_t, kQueryBlock,
-                      scores, kQueryBlock, Update<C>{.set = true, .alpha = static_cast<C>(call.scale)});
-  const bool* ignored = call.padding == nullptr ? nullptr : call.padding + block.batch * call.sk + key;
+bool make_scores(const Attention& call, const Block& block, int64_t key, int keys, const C* query_t, C* scores,
+                 C* derivatives) {
   C* added = nullptr;
   if (call.mask.data) {
     added = scratch<C, 7>(kKeyBlock * kQueryBlock);
-    load_mask(call.mask, block, key, keys, added);
+    if (!load_mask(call.mask, block, key, keys, added)) return false;
   }
-  Vec<C> lane;
-  for (int i = 0; i < kLanes<C>; ++i) lane[i] = static_cast<C>(i);
+  const bool capped = call.softcap != 0;
+  const C softcap = static_cast<C>(call.softcap);
+  multiply_add<false>(keys, vectors<C>(block) * kLanes<C>, call.dim,
+                      call.key.at<const C>(block.sequence->batch, block.key_head, block.key_row(key)), call.key.row,
+                      query_t, kQueryBlock, scores, kQueryBlock,
+                      Update<C>{.set = true, .alpha = static_cast<C>(capped ? call.scale / call.softcap : call.scale)});
+  // Whether the band ends among the pairs of key j: queries low to high of the block see it.
+  const auto cut = [&](int j) {
+    const int64_t same = key + j - block.sequence->shift - block.first;
+    const int64_t low = call.right < 0 ? 0 : same - call.right;
+    const int64_t high = call.left < 0 ? kQueryBlock : same + call.left;
+    return low > 0 || high < block.count - 1;
+  };
+  const bool biased = call.distance_bias || call.slopes;
+  ByDistance<C> biases;
+  if (biased || cut(0) || cut(keys - 1)) load_biases(call, block, key, keys, biases);
+  const bool* ignored = ignored_keys(call, *block.sequence);
   for (int j = 0; j < keys; ++j) {
     C* row = scores + j * kQueryBlock;
-    if (ignored != nullptr && ignored[j]) {
+    if (capped) {
+      for_lanes<C>(block, [&](int i) {
+        const Vec<C> share = tanh(load(row + i));
+        store(row + i, share * softcap);
+        if (derivatives != nullptr) store(derivatives + j * kQueryBlock + i, C{1} - share * share);
+      });
+    }
+    if (ignored != nullptr && ignored[key + j]) {
       for_lanes<C>(block, [&](int i) { store(row + i, splat(-kInfinity<C>)); });
       continue;
     }
     if (added != nullptr) {
       for_lanes<C>(block, [&](int i) { store(row + i, load(row + i) + load(added + j * kQueryBlock + i)); });
     }
-    // Queries low to high of the block see this key.
-    const int64_t same = key + j - call.shift - block.first;
-    const int64_t low = call.right < 0 ? 0 : same - call.right;
-    const int64_t high = call.left < 0 ? kQueryBlock : same + call.left;
-    if (low > 0 || high < block.count - 1) {
-      const C first = static_cast<C>(low), last = static_cast<C>(high);
+    if (biased || cut(j)) {
       for_lanes<C>(block, [&](int i) {
-        const Vec<C> query = lane + static_cast<C>(i);
-        Vec<C> score = load(row + i);
-        score = query < first ? splat(-kInfinity<C>) : score;
-        store(row + i, query > last ? splat(-kInfinity<C>) : score);
+        const Vec<C> bias = load(biases.row(j) + i);
+        store(row + i, bias == -kInfinity<C> ? bias : load(row + i) + bias);
       });
     }
   }
+  return true;
 }
 
 // Dropout's factors of a tile. Lanes are queries, so each Philox call serves eight rows of the tile.
 template <class C>
 C* keep_factors(const Attention& call, const Block& block, int64_t key, int keys) {
   C* factors = scratch<C, 6>(kKeyBlock * kQueryBlock);
-  const uint32_t head = static_cast<uint32_t>(block.batch * call.heads + block.head);
+  const uint32_t head = static_cast<uint32_t>(block.sequence->index * call.heads + block.head);
   const C scale = static_cast<C>(call.dropout.scale);
   for (int group = 0; group < keys; group += kPhiloxGroup) {
     for (int t = 0; t < 4; ++t) {

@@ -1,5 +1,6 @@
 // Vectors of the width that this translation unit is compiled for, on the compiler's vector extension: loads and stores
-// that convert 16-bit storage, reductions, exp. Include it only from *_kernel.cpp, which is compiled once per ISA.
+// that convert 16-bit storage, reductions, exp, tanh. Include it only from *_kernel.cpp, which is compiled once per
+// ISA.
 #pragma once
 
 #include <cmath>
@@ -189,7 +190,7 @@ template <class C, int sums, class Body>
   return totals;
 }
 
-// --- exp ---
+// --- exp, tanh ---
 
 // For x <= 88: 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2; within 1.1 ulp; 0 where the result is subnormal.
 inline Vec<float> exp(Vec<float> x) {
@@ -212,6 +213,24 @@ inline Vec<float> exp(Vec<float> x) {
 
 inline Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// Near 0 a minimax polynomial in x^2, good to 2^-27 of the result; beyond, 1 - 2 / (exp(2 |x|) + 1).
+inline Vec<float> tanh(Vec<float> x) {
+  const Vec<float> z = x * x;
+  Vec<float> p = z * -5.70498004e-3f + 2.06390799e-2f;
+  p = p * z - 5.37397123e-2f;
+  p = p * z + 1.33314422e-1f;
+  p = p * z - 3.33332819e-1f;
+  const Vec<float> small = p * z * x + x;
+  const Vec<float> size = x < 0.0f ? -x : x;
+  const Vec<float> large = 1.0f - 2.0f / (exp((size > 10.0f ? splat(10.0f) : size) * 2.0f) + 1.0f);
+  return size < 0.625f ? small : x < 0.0f ? -large : large;
+}
+
+inline Vec<double> tanh(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
   return x;
 }
 
