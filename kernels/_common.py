@@ -82,8 +82,7 @@ def _described(kernel, arguments: dict) -> tuple[dict, dict, dict]:
         else:
             signature[name] = parameters[name].annotation_type or _type(value)
             if isinstance(value, tuple):
-                position = kernel.arg_names.index(name)
-                constexprs |= {(position, i): element for i, element in enumerate(value) if _static(element)}
+                constexprs |= _constants(value, (kernel.arg_names.index(name),))
     return signature, constexprs, options
 
 
@@ -92,8 +91,25 @@ def _static(value) -> bool:
     return value is None or (isinstance(value, int) and value == 1)
 
 
+def _constants(value: tuple, path: tuple[int, ...]) -> dict:
+    """The constants in a tuple, by where they are."""
+    found = {}
+    for i, element in enumerate(value):
+        if isinstance(element, tuple):
+            found |= _constants(element, (*path, i))
+        elif _static(element):
+            found[(*path, i)] = element
+    return found
+
+
 def _type(value) -> str | tuple:
     if isinstance(value, tuple):
-        return tuple("constexpr" if _static(element) else _type(element) for element in value)
+        return map_tuple(lambda element: "constexpr" if _static(element) else _type(element), value)
     aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
     return mangle_type(value) + (":16" if aligned else "")
+
+
+def map_tuple(function, value: tuple) -> tuple:
+    """function of each element, in a tuple of the same names."""
+    elements = map(function, value)
+    return type(value)(*elements) if hasattr(value, "_fields") else tuple(elements)

@@ -13,7 +13,8 @@ which yields (variant, kernel, signature, constexprs, options) as the launchers 
 TARGETS (tile sizes may depend on it). variant: what sets it apart, such as "bf16 N=4096". signature: type of each
 argument that is no constexpr, by name: "*bf16", "*i64", "i32", "fp32"; with ":16" after it for a pointer or an integer
 that is known to be a multiple of 16, as nearly all are ("*bf16:16"); for a tuple, a tuple of these. constexprs: value
-by name, or by (position, position in the tuple), which includes pointers that are None. options: num_warps, num_stages.
+by name, or by (position, position in the tuple, ...), which includes pointers that are None. options: num_warps,
+num_stages.
 """
 
 import argparse
@@ -27,6 +28,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pyllm.kernels._common import map_tuple
 
 MODULES = ("attention", "norm", "softmax")
 
@@ -71,7 +74,7 @@ def verdict(row: Row) -> str | None:
 
 
 def _bare(ty: str | tuple) -> str | tuple:
-    return tuple(map(_bare, ty)) if isinstance(ty, tuple) else ty.removesuffix(":16")
+    return map_tuple(_bare, ty) if isinstance(ty, tuple) else ty.removesuffix(":16")
 
 
 def _leaves(types: tuple, path: tuple = ()) -> Iterator[tuple[tuple, str]]:

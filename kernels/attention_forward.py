@@ -1,0 +1,124 @@
+"""Attention's forward kernel; kernels/attention.py tells the algorithm and launches it."""
+
+import triton
+import triton.language as tl
+
+from pyllm.kernels._common import rounded
+from pyllm.kernels.attention_common import INF, LOG2E, at, dot, head_of, load_rows, place, reach, scores, store_rows
+from pyllm.kernels.philox import keep_mask
+
+
+@triton.jit
+def _attend(
+    acc,
+    total,
+    peak,
+    b_q,
+    k,
+    v,
+    first_m,
+    start,
+    end,
+    scales,
+    head,
+    features,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NATURAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BOUNDARY: tl.constexpr,
+):
+    """Takes the keys in [start, end) into acc [BLOCK_M, BLOCK_D] and the rows' sum and maximum [BLOCK_M]."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    TO_LOG2: tl.constexpr = LOG2E if NATURAL else 1.0
+    p_k = at(k, head, head.h // GROUP, head.row_k)
+    p_v = at(v, head, head.h // GROUP, head.row_k)
+    for first_n in range(start, end, BLOCK_N):
+        b_k = load_rows(p_k, k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY)
+        s = scores(b_q, b_k, first_m, first_n, scales, head, features, NATURAL, SOFTCAP, BOUNDARY)[0]
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        base = tl.where(new_peak == -INF, 0.0, new_peak)  # a row that is empty so far
+        p = tl.exp2((s - base[:, None]) * TO_LOG2)
+        shrink = tl.exp2((peak - base) * TO_LOG2)
+        total = total * shrink + tl.sum(p, 1)
+        peak = new_peak
+        if features.p_rng is not None:
+            o_m = first_m + tl.arange(0, BLOCK_M)
+            keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
+            p = tl.where(keep, p, 0.0)
+        b_v = load_rows(p_v, v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY)
+        acc = dot(rounded(p, b_v.dtype), b_v, acc * shrink[:, None])
+    return acc, total, peak
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q,
+    k,
+    v,
+    features,
+    sizes,
+    out,
+    p_lse,
+    scale: tl.float64,
+    cap: tl.float64,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NATURAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BOTTOM: tl.constexpr,
+):
+    ACC: tl.constexpr = p_lse.dtype.element_ty
+    TO_LOG2: tl.constexpr = LOG2E if NATURAL else 1.0
+    if p_lse.dtype.element_ty == tl.float32:
+        scale = tl.cast(scale, tl.float32)
+        cap = tl.cast(cap, tl.float32)
+    b, h, tile, tiles = place(tl.program_id(0), sizes.H, sizes.B, sizes.Sq, sizes.p_bounds_q, BLOCK_M)
+    if sizes.p_bounds_q is not None and tile >= tiles:
+        return
+    head = head_of(b, h, sizes, features, ACC, BOTTOM)
+    first_m = (tiles - 1 - tile) * BLOCK_M  # causal: the longest rows first
+
+    b_q = load_rows(at(q, head, head.h, head.row_q), q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    total = tl.zeros([BLOCK_M], ACC)
+    peak = tl.full([BLOCK_M], -INF, ACC)
+    start, full_start, full_end, end = reach(
+        first_m, head.Sq, head.Sk, features.left, features.right, head.shift, BLOCK_M, BLOCK_N
+    )
+    for part in tl.static_range(3):
+        if part != 0 or features.left is not None:
+            acc, total, peak = _attend(
+                acc,
+                total,
+                peak,
+                b_q,
+                k,
+                v,
+                first_m,
+                start if part == 0 else full_start if part == 1 else tl.maximum(full_start, full_end),
+                tl.minimum(full_start, end) if part == 0 else full_end if part == 1 else end,
+                (scale, cap),
+                head,
+                features,
+                GROUP,
+                D,
+                BLOCK_N,
+                NATURAL,
+                SOFTCAP,
+                part != 1,
+            )
+
+    some = tl.where(total == 0.0, 1.0, total)
+    b_out = acc / some[:, None]
+    if features.p_rng is not None:
+        b_out *= head.kept_scale
+    b_lse = tl.where(total == 0.0, -INF, peak * (TO_LOG2 / LOG2E) + tl.log(some))
+    o_m = first_m + tl.arange(0, BLOCK_M)
+    store_rows(at(out, head, head.h, head.row_q), out.row, b_out, first_m, head.Sq, D)
+    tl.store(p_lse + head.line + o_m, b_lse, mask=o_m < head.Sq)
