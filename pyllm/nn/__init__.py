@@ -1,21 +1,31 @@
-"""Drop-in replacements for torch.nn's modules: same constructors, parameters and semantics, on pyllm's operators."""
+"""Drop-in replacements for torch.nn's modules, configurable blocks, and what models need around them."""
 
 from pyllm.nn import functional
 from pyllm.nn.attention import MultiheadAttention
-from pyllm.nn.decoder import TransformerDecoder, TransformerDecoderLayer
-from pyllm.nn.encoder import TransformerEncoder, TransformerEncoderLayer
+from pyllm.nn.cache import KVCache
+from pyllm.nn.decoder import DecoderLayer, TransformerDecoder, TransformerDecoderLayer
+from pyllm.nn.encoder import EncoderLayer, TransformerEncoder, TransformerEncoderLayer
 from pyllm.nn.norm import LayerNorm, RMSNorm, Softmax
+from pyllm.nn.positions import LearnedPositions, RelativePositionBias, Rotary, SinusoidalPositions, alibi_slopes
 from pyllm.nn.transformer import Transformer
 
 __all__ = [
+    "DecoderLayer",
+    "EncoderLayer",
+    "KVCache",
     "LayerNorm",
+    "LearnedPositions",
     "MultiheadAttention",
     "RMSNorm",
+    "RelativePositionBias",
+    "Rotary",
+    "SinusoidalPositions",
     "Softmax",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "alibi_slopes",
     "functional",
 ]

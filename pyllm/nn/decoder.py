@@ -1,12 +1,72 @@
-"""TransformerDecoderLayer and TransformerDecoder: torch.nn's modules of these names on pyllm's operators."""
+"""DecoderLayer, the configurable block; TransformerDecoderLayer and TransformerDecoder, torch.nn's by these names."""
 
+from copy import deepcopy
 from functools import wraps
 
 import torch
 from torch import Tensor
 
-from pyllm.nn.encoder import causal_hint
-from pyllm.nn.residual import ResidualLayer, run_sublayers
+from pyllm.nn.cache import KVCache
+from pyllm.nn.encoder import EncoderLayer, causal_hint
+from pyllm.nn.residual import ResidualLayer, Sublayer, run_sublayers
+from pyllm.nn.self_attention import CrossAttention
+from pyllm.ops import RelativeBias
+
+
+class DecoderLayer(EncoderLayer):
+    """`EncoderLayer`, causal by default, with cross-attention before the feed-forward unless cross=False.
+
+    options: those of `EncoderLayer`, which hold for both attentions where they have a meaning there. More weights:
+    cross_attn.query, cross_attn.kv (keys, then values), cross_attn.out, cross_attn_norm.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        *,
+        cross: bool = True,
+        causal: bool = True,
+        **options,
+    ):
+        super().__init__(d_model, nhead, dim_feedforward, causal=causal, **options)
+        if cross and self.parallel_residual:
+            raise ValueError("parallel_residual has no place for cross-attention: cross must be False")
+        self.cross_attn = CrossAttention(d_model, self.self_attn) if cross else None
+        self.cross_attn_norm = deepcopy(self.self_attn_norm) if cross else None
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        relative_bias: RelativeBias | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """tgt (B, T, d_model), memory (B, S, d_model) unless cross=False; tgt's shape comes back.
+
+        attn_mask and tgt_key_padding_mask are of the self-attention, memory_mask (to (B, H, T, S)) and
+        memory_key_padding_mask (B, S) of the cross-attention; their meaning, and the rest, as in
+        `EncoderLayer.forward`. With a cache, the first call of a generation computes the memory's keys and values and
+        keeps them there; until `KVCache.reset`, memory is then not looked at and may be None. Its masks are given at
+        every call.
+        """
+        attending = self._attending(attn_mask, tgt_key_padding_mask, positions, rotary, relative_bias, cache, layer)
+        feeding = Sublayer(self.ffn, (), self.dropout, self.ffn_norm)
+        if self.cross_attn is None:
+            if any(given is not None for given in (memory, memory_mask, memory_key_padding_mask)):
+                raise ValueError("memory and its masks must not be given to a layer with cross=False")
+            return self._run(tgt, attending, feeding)
+        args = (memory, memory_mask, memory_key_padding_mask, cache, layer)
+        return self._run(tgt, attending, Sublayer(self.cross_attn, args, self.dropout, self.cross_attn_norm), feeding)
 
 
 class TransformerDecoderLayer(ResidualLayer, torch.nn.TransformerDecoderLayer):

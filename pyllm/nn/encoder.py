@@ -1,5 +1,6 @@
-"""TransformerEncoderLayer and TransformerEncoder: torch.nn's modules of these names on pyllm's operators."""
+"""EncoderLayer, the configurable block; TransformerEncoderLayer and TransformerEncoder, torch.nn's by these names."""
 
+from collections.abc import Callable
 from functools import wraps
 
 import torch
@@ -7,7 +8,160 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
-from pyllm.nn.residual import ResidualLayer, run_sublayers
+from pyllm.nn.cache import KVCache
+from pyllm.nn.feedforward import FeedForward
+from pyllm.nn.norm import LayerNorm, RMSNorm
+from pyllm.nn.residual import ResidualLayer, Sublayer, run_parallel, run_sublayers
+from pyllm.nn.self_attention import SelfAttention
+from pyllm.ops import RelativeBias
+
+
+class EncoderLayer(Module):
+    """The configurable block: self-attention and a feed-forward network, each with residual, dropout and norm.
+
+    d_model, nhead, dim_feedforward: as in torch.nn.TransformerEncoderLayer. head_dim: d_model / nhead by default.
+    num_kv_heads: heads of keys and values, a divisor of nhead, the default (grouped queries; Ainslie et al., 2023).
+    dropout: after each sublayer and within the feed-forward; attention_dropout: of the attention weights, by default
+    the same. activation: see `FeedForward`. norm: "layer_norm" or "rms_norm", with norm_eps, norm_bias (of layer_norm)
+    and norm_first as in torch; qkv_bias, out_bias, ffn_bias: of the linear layers.
+    parallel_residual: x + attention(norm(x)) + feed_forward(norm(x)), each with a norm of its own (GPT-NeoX), or with
+    shared_norm one for both (GPT-J); with norm_first.
+    position: "none"; "alibi" (Press et al., 2022); "t5", a relative bias of num_buckets up to max_distance, one-sided
+    if causal (Raffel et al., 2020); "rotary" (Su et al., 2021), of the first rotary_dim columns, all by default, in
+    pairs as rotary_interleaved says, with rotary_base. window, softcap and scale: as in `pyllm.ops.attention`.
+    causal: a query attends to no later key, as in GPT, which allows generation with a `KVCache`.
+    Weights: self_attn.qkv (queries, then keys, then values), self_attn.out, ffn.linear1, ffn.linear2, self_attn_norm,
+    ffn_norm and, with "t5", self_attn.position. Raises ValueError for arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        *,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        dropout: float = 0.1,
+        attention_dropout: float | None = None,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        norm: str = "layer_norm",
+        norm_first: bool = False,
+        norm_eps: float = 1e-5,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        ffn_bias: bool = True,
+        norm_bias: bool = True,
+        parallel_residual: bool = False,
+        shared_norm: bool = False,
+        position: str = "none",
+        rotary_dim: int | None = None,
+        rotary_interleaved: bool = False,
+        rotary_base: float = 10000.0,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        window: tuple[int, int] | None = None,
+        softcap: float = 0.0,
+        scale: float | None = None,
+        causal: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        kv_heads = nhead if num_kv_heads is None else num_kv_heads
+        _check_sizes(d_model, nhead, dim_feedforward, head_dim, kv_heads)
+        if norm not in ("layer_norm", "rms_norm"):
+            raise ValueError(f"norm must be 'layer_norm' or 'rms_norm', got {norm!r}")
+        if parallel_residual and not norm_first:
+            raise ValueError("parallel_residual needs norm_first=True")
+        if shared_norm and not parallel_residual:
+            raise ValueError("shared_norm needs parallel_residual=True")
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        if not 0.0 <= attention_dropout <= 1.0:
+            raise ValueError(f"attention_dropout must be in [0, 1], got {attention_dropout}")
+        factory = {"device": device, "dtype": dtype}
+
+        def make_norm():
+            if norm == "rms_norm":
+                return RMSNorm(d_model, norm_eps, **factory)
+            return LayerNorm(d_model, norm_eps, bias=norm_bias, **factory)
+
+        self.self_attn = SelfAttention(
+            d_model,
+            nhead,
+            kv_heads,
+            d_model // nhead if head_dim is None else head_dim,
+            dropout=attention_dropout,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            position=position,
+            rotary_dim=rotary_dim,
+            rotary_interleaved=rotary_interleaved,
+            rotary_base=rotary_base,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+            causal=causal,
+            **factory,
+        )
+        self.ffn = FeedForward(d_model, dim_feedforward, activation, dropout, ffn_bias, **factory)
+        self.self_attn_norm = make_norm()
+        self.ffn_norm = None if shared_norm else make_norm()
+        self.dropout = torch.nn.Dropout(dropout)
+        self.norm_first, self.parallel_residual = norm_first, parallel_residual
+
+    def forward(
+        self,
+        src: Tensor,
+        attn_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        relative_bias: RelativeBias | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """src (B, S, d_model); the same shape comes back.
+
+        attn_mask: as in `pyllm.ops.attention`, True = take part, or added. src_key_padding_mask (B, S): True = ignore.
+        With position="rotary", positions (S,) or (B, S) of integers, by default 0 to S - 1; or rotary, what
+        `self_attn.position.tables` makes of them, to share among layers. relative_bias takes the place of the layer's
+        own, if it has one: T5 shares that of the first layer, `self_attn.position()`.
+        cache and layer: src are new tokens, which follow those in the cache and are appended to it; this is the layer's
+        index there. Only in causal layers, without a gradient, masks and positions.
+        """
+        return self._run(
+            src,
+            self._attending(attn_mask, src_key_padding_mask, positions, rotary, relative_bias, cache, layer),
+            Sublayer(self.ffn, (), self.dropout, self.ffn_norm),
+        )
+
+    def _attending(self, *args) -> Sublayer:
+        return Sublayer(self.self_attn, args, self.dropout, self.self_attn_norm)
+
+    def _run(self, x: Tensor, *sublayers: Sublayer) -> Tensor:
+        if self.parallel_residual:
+            return run_parallel(x, sublayers)
+        return run_sublayers(x, sublayers, self.norm_first)
+
+    def extra_repr(self) -> str:
+        return f"norm_first={self.norm_first}, parallel_residual={self.parallel_residual}"
+
+
+def _check_sizes(d_model, nhead, dim_feedforward, head_dim, kv_heads) -> None:
+    sizes = {"d_model": d_model, "nhead": nhead, "dim_feedforward": dim_feedforward, "num_kv_heads": kv_heads}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be an int, 1 or more, got {size}")
+    if head_dim is None and d_model % nhead:
+        raise ValueError(f"d_model {d_model} must be a multiple of nhead {nhead}, unless head_dim is given")
+    if head_dim is not None and not 1 <= head_dim <= 256:
+        raise ValueError(f"head_dim must be from 1 to 256, got {head_dim}")
+    if nhead % kv_heads:
+        raise ValueError(f"nhead {nhead} must be a multiple of num_kv_heads {kv_heads}")
 
 
 class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):

@@ -1,7 +1,8 @@
 """What encoder and decoder layers are made of: sublayers, each with residual, dropout and norm around it.
 
 Post-norm: x = norm(x + dropout(branch(x))). Pre-norm: x = x + dropout(branch(norm(x))) (Xiong et al., 2020); there the
-addition is fused with the norm of the sublayer that follows.
+addition is fused with the norm of the sublayer that follows. Parallel: x + the sum of dropout(branch(norm(x))), as in
+GPT-J and GPT-NeoX.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +16,19 @@ from torch.nn import Module
 from pyllm import ops
 from pyllm.nn.attention import MultiheadAttention
 from pyllm.nn.feedforward import feed_forward
-from pyllm.nn.norm import LayerNorm
+from pyllm.nn.norm import LayerNorm, RMSNorm
 
 
 class Sublayer(NamedTuple):
-    """branch(x, *args) -> a tensor of x's shape; dropout comes after it, unless None; norm before or after."""
+    """branch(x, *args) -> a tensor of x's shape; dropout comes after it, unless None; norm before or after.
+
+    norm None: a parallel branch reads what the one before it reads.
+    """
 
     branch: Callable[..., Tensor]
     args: tuple
     dropout: Module | None
-    norm: Module
+    norm: Module | None
 
 
 def run_sublayers(x: Tensor, sublayers: Sequence[Sublayer], norm_first: bool) -> Tensor:
@@ -40,19 +44,33 @@ def run_sublayers(x: Tensor, sublayers: Sequence[Sublayer], norm_first: bool) ->
     return x + _dropped(branch(y, *args), dropout)
 
 
+def run_parallel(x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+    """x (..., d_model) plus what every sublayer makes of it, normed; the same shape."""
+    total, y = x, x
+    for branch, args, dropout, norm in sublayers:
+        y = y if norm is None else norm(x)
+        total = total + _dropped(branch(y, *args), dropout)
+    return total
+
+
 def add_norm(branch: Tensor, residual: Tensor, dropout: Module | None, norm: Module) -> tuple[Tensor, Tensor]:
     """z = residual + dropout(branch); returns (norm(z), z): one kernel unless a module or a dtype is out of the way.
 
     Modules that the user has put in place, or that carry hooks, are called.
     """
+    kind = type(norm)
     if (
         (dropout is None or _is_plain(dropout, torch.nn.Dropout))
-        and (_is_plain(norm, LayerNorm) or _is_plain(norm, torch.nn.LayerNorm))
+        and kind in (LayerNorm, torch.nn.LayerNorm, RMSNorm, torch.nn.RMSNorm)
+        and _is_plain(norm, kind)
         and len(norm.normalized_shape) == 1
         and _one_precision(branch, residual)
     ):
         dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
-        return ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p)
+        if kind in (LayerNorm, torch.nn.LayerNorm):
+            return ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p)
+        if norm.weight is None or norm.weight.dtype in (residual.dtype, torch.float32):
+            return ops.add_rms_norm(branch, residual, norm.weight, norm.eps, dropout_p=dropout_p)
     z = residual + _dropped(branch, dropout)
     return norm(z), z
 
