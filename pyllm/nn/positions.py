@@ -107,7 +107,7 @@ def alibi_slopes(heads: int, device=None) -> Tensor:
         raise ValueError(f"alibi_slopes: heads must be 1 or more, got {heads}")
     power = 1 << (heads.bit_length() - 1)
     own = torch.arange(1, power + 1, device=device, dtype=torch.float64) / power
-    between = torch.arange(1, 2 * (heads - power), 2, device=device, dtype=torch.float64) / (2 * power)
+    between = (torch.arange(heads - power, device=device, dtype=torch.float64) + 0.5) / power
     return torch.exp2(-8.0 * torch.cat([own, between])).float()
 
 
