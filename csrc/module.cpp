@@ -3,8 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/isa.h"
 
 namespace {
@@ -36,6 +38,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_architectures", [] { return std::vector<std::string>(); },
       "The CUDA architectures that are in the binary.");
+  m.def(
+      "attention_tile", [] { return std::pair(pyllm::kQueryBlock, pyllm::kKeyBlock); },
+      "Queries and keys of a tile of attention's scores on the CPU.");
   m.def(
       "cpu_isa", [] { return std::string(pyllm::isa_name(pyllm::chosen_isa())); },
       "The instruction set in use: the best of this processor, or PYLLM_CPU_ISA.");

@@ -114,6 +114,11 @@ class _Launcher:
             launch(kernel, (programs,), self.device, **own, **self.arguments)
 
 
+def forward_tiles(*args) -> dict:
+    """Tile sizes and launch options of the forward, for `pyllm.explain`."""
+    return _Launcher(AttentionCall(*args), None).tiles("fwd")
+
+
 def attention_fwd(*args, target: str | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of the fields of an AttentionCall, as pyllm.ops.attention says. target: whose tiles to take."""
     call = AttentionCall(*args)

@@ -30,20 +30,22 @@ class Implementation:
 
     run takes the operator's validated arguments; unfit takes the same and returns why it cannot serve them, or None.
     fused takes the same and returns whether one kernel does it, rather than a composition of several PyTorch calls; or
-    it is the answer for every call.
+    it is the answer for every call. kernel names what runs, and takes the same to tell its tile sizes.
     """
 
     run: Callable
     unfit: Callable[..., str | None] | None = None
     fused: Callable[..., bool] | bool = True
+    kernel: Callable[..., str] | str = ""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One operator call as `explain` reports it."""
+    """One operator call as `explain` reports it. kernel: what runs, with its tile sizes where it has some."""
 
     op: str
     backend: str
+    kernel: str
     reason: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -127,9 +129,7 @@ def select(op: Operator, tensor: Tensor, *args) -> Callable:
                 why = implementation.unfit(tensor, *args)
         if why is None:
             if _recording is not None:
-                fused = implementation.fused
-                fused = fused(tensor, *args) if callable(fused) else fused
-                _record(op, name, "; ".join([reason, *refusals]), tensor, fused)
+                _record(op, name, "; ".join([reason, *refusals]), tensor, *args)
             return implementation.run
         refusals.append(f"backend {name!r} cannot run {op.name}: {why}")
     raise RuntimeError("; ".join(refusals))
@@ -147,8 +147,13 @@ def _rank(op: Operator, device: str, dtype: torch.dtype) -> list[tuple[str, str]
     return ranked if fastest is None else [fastest, *(r for r in ranked if r[0] != fastest[0])]
 
 
-def _record(op: Operator, name: str, reason: str, tensor: Tensor, fused: bool) -> None:
-    _recording.append(Choice(op.name, name, reason, tuple(tensor.shape), tensor.dtype, str(tensor.device), fused))
+def _record(op: Operator, name: str, reason: str, tensor: Tensor, *args) -> None:
+    implementation = op.implementations[name]
+    fused, kernel = (
+        told(tensor, *args) if callable(told) else told for told in (implementation.fused, implementation.kernel)
+    )
+    place = (tuple(tensor.shape), tensor.dtype, str(tensor.device))
+    _recording.append(Choice(op.name, name, kernel, reason, *place, fused))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ class Explanation(list[Choice]):
     def __rich__(self):
         from rich.table import Table
 
-        table = Table("calls", "operator", "shape", "dtype", "device", "backend", "reason")
+        table = Table("calls", "operator", "shape", "dtype", "device", "backend", "kernel", "reason")
         for choice, count in Counter(self).items():
             table.add_row(
                 str(count),
@@ -23,6 +23,7 @@ class Explanation(list[Choice]):
                 str(choice.dtype).removeprefix("torch."),
                 choice.device,
                 choice.backend if choice.fused else f"{choice.backend} (not fused)",
+                choice.kernel,
                 choice.reason,
             )
         return table
@@ -30,14 +31,14 @@ class Explanation(list[Choice]):
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=140, color_system=None, markup=False)
+        console = Console(width=180, color_system=None, markup=False)
         with console.capture() as captured:
             console.print(self if self else "no pyllm operator was called")
         return captured.get().rstrip("\n")
 
 
 def explain(function: Callable | torch.nn.Module, *args, strict: bool = False, **kwargs) -> Explanation:
-    """Runs function(*args, **kwargs) once and tells for every operator call which backend served it, and why.
+    """Runs function(*args, **kwargs) once and tells which backend and kernel served every operator call, and why.
 
     It is an ordinary run: it draws random numbers and builds a graph as any other. Only pyllm's operators are seen.
     strict=True raises RuntimeError if any call was not served by a fused kernel, pyllm's or PyTorch's, or if no

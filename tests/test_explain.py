@@ -1,5 +1,7 @@
 """pyllm.explain: what ran where and why, and its strict mode."""
 
+import re
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def test_every_call_is_explained():
     }
     assert explanation[0].shape == (2, 2, 5, 8)
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in str(explanation).splitlines()]
-    assert ["2", "add_layer_norm", "2x5x16", "float32", "cpu", "reference (not fused)", "asked for"] in lines
+    assert ["2", "add_layer_norm", "2x5x16", "float32", "cpu", "reference (not fused)", "", "asked for"] in lines
 
 
 def test_a_default_choice_says_what_it_passed_over(monkeypatch):
@@ -28,6 +30,19 @@ def test_a_default_choice_says_what_it_passed_over(monkeypatch):
     (choice,) = pyllm.explain(pyllm.ops.add_layer_norm, *torch.randn(2, 3, 8), dropout_p=0.5)
     assert choice.backend == "reference"
     assert "it was left at home" in choice.reason and "dropout mask would differ" in choice.reason
+
+
+def test_the_kernel_and_its_tiles_are_named(target):
+    backend, device = target
+    query, x = torch.randn(1, 2, 5, 8, device=device), torch.randn(3, 8, device=device)
+    with pyllm.use_backend(backend):
+        attended, normed = pyllm.explain(lambda: (ops.attention(query, query, query), ops.layer_norm(x)))
+    if backend in ("native", "triton"):
+        namespace = "pyllm" if backend == "native" else "pyllm_triton"
+        assert attended.kernel.startswith(f"{namespace}::attention_fwd") and normed.kernel.startswith(namespace)
+        assert re.search(r"tiles \d+ x \d+", attended.kernel)
+    else:
+        assert (attended.kernel != "") == (backend == "torch")
 
 
 def test_a_composition_of_torchs_kernels_is_told_from_one():

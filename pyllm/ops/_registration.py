@@ -6,7 +6,7 @@ or CUDA below each.
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,8 +78,34 @@ def draw_rng(tensor: Tensor, dropout_p: float) -> Tensor | None:
 
 
 def on_kernels(
-    make: Callable[[OpOverload, OpOverload], Implementation], fwd: Kernel, bwd: Kernel
+    make: Callable[[OpOverload, OpOverload], Implementation],
+    fwd: Kernel,
+    bwd: Kernel,
+    tiles: Callable[..., str] | None = None,
 ) -> dict[str, Implementation]:
-    """The implementations of an operator on its registered kernels, one for each kernel backend that there is."""
+    """The implementations of an operator on its registered kernels, one for each kernel backend that there is.
+
+    tiles(backend, *arguments of the operator) tells the tile sizes; without it the kernel takes whole rows.
+    """
     pairs = {"native": (fwd.native, bwd.native), "triton": (fwd.triton, bwd.triton)}
-    return {name: make(*pair) for name, pair in pairs.items() if None not in pair}
+    return {
+        name: replace(make(*pair), kernel=named_kernel(name, pair[0], tiles))
+        for name, pair in pairs.items()
+        if None not in pair
+    }
+
+
+def named_kernel(backend: str, fwd: OpOverload, tiles: Callable[..., str] | None) -> Callable[..., str]:
+    """What `explain` calls a kernel: the operator in the dispatcher, and its tiles or instruction set."""
+
+    def name(*args) -> str:
+        told = [fwd.name()]
+        if backend == "native" and args[0].is_cpu:
+            from pyllm import _C
+
+            told.append(_C.cpu_isa())
+        if tiles is not None:
+            told.append(f"tiles {tiles(backend, *args)}")
+        return ", ".join(told)
+
+    return name

@@ -424,12 +424,27 @@ def _unfit_for_sdpa(*args) -> str | None:
     return None
 
 
+def _tiles(backend: str, *args) -> str:
+    """Of the forward: queries x keys, and Triton's warps and stages."""
+    if backend == "native":
+        from pyllm import _C
+
+        return " x ".join(map(str, _C.attention_tile()))
+    from pyllm.kernels.attention import forward_tiles
+
+    sizes = forward_tiles(*args[:-1])
+    return f"{sizes['BLOCK_M']} x {sizes['BLOCK_N']}, {sizes['num_warps']} warps, {sizes['num_stages']} stages"
+
+
 def _reference(*args):
     return reference.attention(*args[:-1])
 
 
 ATTENTION = Operator(
     "attention",
-    on_kernels(_on, attention_fwd, attention_bwd)
-    | {"torch": Implementation(_sdpa, _unfit_for_sdpa), "reference": Implementation(_reference, fused=False)},
+    on_kernels(_on, attention_fwd, attention_bwd, _tiles)
+    | {
+        "torch": Implementation(_sdpa, _unfit_for_sdpa, kernel="scaled_dot_product_attention"),
+        "reference": Implementation(_reference, fused=False),
+    },
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
-from pyllm.ops._registration import kernel, needs_grad
+from pyllm.ops._registration import kernel, named_kernel, needs_grad
 from pyllm.ops.attention import check_operands, options_of, score_biases
 from pyllm.ops.relative_bias import RelativeBias
 
@@ -163,8 +163,11 @@ def _no_kernel(*_) -> str:
 ATTENTION_DECODE = Operator(
     "attention_decode",
     {
-        "native": Implementation(attention_decode_fwd.native),
-        "triton": Implementation(attention_decode_fwd.triton),
+        name: Implementation(kernel, kernel=named_kernel(name, kernel, None))
+        for name, kernel in (("native", attention_decode_fwd.native), ("triton", attention_decode_fwd.triton))
+        if kernel is not None
+    }
+    | {
         "torch": Implementation(_no_kernel, _no_kernel),
         "reference": Implementation(reference.attention_decode, fused=False),
     },
