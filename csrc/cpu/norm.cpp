@@ -9,7 +9,6 @@
 namespace pyllm {
 namespace {
 
-
 struct Normalised {
   Tensor y, z, mean, rstd;
 };
@@ -59,7 +58,9 @@ Gradients backward(const Tensor& dy_in, const OptionalTensor& dz_in, const Tenso
   const bool separate = x_dtype.has_value() && (dropout || *x_dtype != z.scalar_type());
   Gradients out;
   out.dresidual = uninitialised(z, z.sizes());
-  if (x_dtype.has_value()) { out.dx = separate ? uninitialised(z, z.sizes(), *x_dtype) : uninitialised(z, {0}, *x_dtype); }
+  if (x_dtype.has_value()) {
+    out.dx = separate ? uninitialised(z, z.sizes(), *x_dtype) : uninitialised(z, {0}, *x_dtype);
+  }
   out.dweight = weight.has_value() ? uninitialised(*weight, weight->sizes()) : uninitialised(z, {0});
   out.dbias = bias.has_value() ? uninitialised(*bias, bias->sizes()) : uninitialised(z, {0});
 

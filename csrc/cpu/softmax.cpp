@@ -6,7 +6,6 @@
 namespace pyllm {
 namespace {
 
-
 Tensor forward(const Tensor& x_in, const OptionalTensor& mask_in, double scale, bool is_causal, bool log) {
   const Tensor x = as_contiguous(x_in);
   const Rows rows(x);
