@@ -56,6 +56,10 @@ inline Tensor uninitialised(const Tensor& like, torch::headeronly::IntHeaderOnly
   return uninitialised(like, sizes, like.scalar_type());
 }
 
+// Results from this size on are written past the caches: measured neutral there where the next operation reads them,
+// and ahead beyond.
+inline bool past_caches(const Tensor& result) { return result.numel() * result.element_size() >= int64_t{4} << 20; }
+
 inline ScalarType statistics_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

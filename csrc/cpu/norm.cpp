@@ -38,6 +38,7 @@ Normalised forward(const Tensor& x_in, const OptionalTensor& residual_in, const 
                          .width = rows.width,
                          .eps = eps,
                          .rms = rms,
+                         .past_caches = past_caches(out.y),
                          .dropout = dropout};
   torch::stable::parallel_for(0, rows.count, rows_per_task(rows.width),
                               [&, kernel = pick_norm_fwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -84,6 +85,7 @@ Gradients backward(const Tensor& dy_in, const OptionalTensor& dz_in, const Tenso
                           .width = rows.width,
                           .rows_per_chunk = rows_per_chunk,
                           .rms = mean == nullptr,
+                          .past_caches = past_caches(out.dresidual),
                           .dropout = dropout};
   torch::stable::parallel_for(0, chunks, 1,
                               [&, kernel = pick_norm_bwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });

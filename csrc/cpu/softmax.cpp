@@ -24,7 +24,8 @@ Tensor forward(const Tensor& x_in, const OptionalTensor& mask_in, double scale, 
                       .mask_strides = {},
                       .scale = scale,
                       .is_causal = is_causal,
-                      .log = log};
+                      .log = log,
+                      .past_caches = past_caches(y)};
   for (int64_t d = 0; d < rank; ++d) args.sizes[d] = x.size(d);
   OptionalTensor mask = mask_in;
   if (mask.has_value()) {
@@ -46,8 +47,13 @@ Tensor backward(const Tensor& dy_in, const Tensor& y_in, double scale, bool log)
   const Rows rows(y);
   Tensor dx = uninitialised(y, y.sizes());
   if (y.numel() == 0) return dx;
-  const SoftmaxBackward args{
-      .dy = array(dy), .y = array(y), .dx = array(dx), .width = rows.width, .scale = scale, .log = log};
+  const SoftmaxBackward args{.dy = array(dy),
+                             .y = array(y),
+                             .dx = array(dx),
+                             .width = rows.width,
+                             .scale = scale,
+                             .log = log,
+                             .past_caches = past_caches(dx)};
   torch::stable::parallel_for(
       0, rows.count, rows_per_task(rows.width),
       [&, kernel = pick_softmax_bwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });
