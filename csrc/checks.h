@@ -39,6 +39,27 @@ inline Array array(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
 
 inline Array array(const OptionalTensor& t) { return t.has_value() ? array(*t) : Array{}; }
 
+// An uninitialised contiguous tensor on the device of `like`. torch::stable::new_empty looks its operator up by name at
+// each call, which costs more than the allocation.
+inline Tensor uninitialised(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  int32_t device, index, layout, dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                                          &dtype, &layout, &device, index, nullptr, &made));
+  return Tensor(made);
+}
+
+inline Tensor uninitialised(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return uninitialised(like, sizes, like.scalar_type());
+}
+
+// Results from this size on are written past the caches: measured neutral there where the next operation reads them,
+// and ahead beyond.
+inline bool past_caches(const Tensor& result) { return result.numel() * result.element_size() >= int64_t{4} << 20; }
+
 inline ScalarType statistics_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import TARGETS
 
 import pyllm
 from pyllm import ops
@@ -52,6 +53,29 @@ def test_norm_without_parameters_and_with_float_ones(target, name, dtype):
     if name == "layer_norm":
         check(plain(name), {"x": x, "weight": randn(72, dtype=dtype, device=device), "bias": None}, backend)
         check(plain(name), {"x": x, "weight": None, "bias": randn(72, dtype=dtype, device=device)}, backend)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][0] == "native"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm"])
+def test_rows_of_large_results_are_those_of_small_ones(name, dtype, target):
+    """Large results are written past the caches, small ones are not."""
+    backend, device = target
+    function = plain(name) if name == "layer_norm" else lambda **args: added(name, 0.0)(bias=None, **args)
+    tensors = {n: randn(2200, 1024, dtype=dtype, device=device) for n in ("x", "residual")[: 1 + ("add" in name)]}
+    weight = randn(1024, dtype=torch.float32, device=device, grad=False)
+
+    def run(rows):
+        inputs = {n: t.detach()[rows].requires_grad_() for n, t in tensors.items()}
+        with use_backend(backend):
+            outputs = function(weight=weight, **inputs, **({"bias": None} if name == "layer_norm" else {}))
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else [*outputs]
+            cotangents = [t.detach()[rows] for t in (tensors["x"], tensors.get("residual")) if t is not None]
+            return [*outputs, *torch.autograd.grad(outputs, [*inputs.values()], cotangents)]
+
+    whole, parts = run(slice(None)), [run(slice(i, i + 440)) for i in range(0, 2200, 440)]
+    for large, *small in zip(whole, *parts, strict=True):
+        assert torch.equal(large, torch.cat(small))
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import TARGETS
 
 from pyllm import ops
 from pyllm.backend import use_backend
@@ -27,6 +28,28 @@ MASKS = [
 def operator(name, **options):
     """The operator as a function of (x, attn_mask)."""
     return lambda x, attn_mask=None: getattr(ops, name)(x, attn_mask=attn_mask, **options)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][0] == "native"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_large_results_are_those_of_small_ones(name, dtype, target):
+    """Large results are written past the caches, small ones are not."""
+    backend, device = target
+    x, dy = (randn(2200, 1024, dtype=dtype, device=device, grad=False) for _ in range(2))
+    mask = torch.rand(1024, device=device) < 0.7
+
+    def run(rows, attn_mask=None, **options):
+        leaf = x[rows].requires_grad_()
+        with use_backend(backend):
+            y = operator(name, **options)(leaf, attn_mask)
+            return y, *torch.autograd.grad(y, leaf, dy[rows])
+
+    for options in ({}, {"scale": 0.5}, {"attn_mask": mask}):
+        whole = run(slice(None), **options)
+        parts = [run(slice(i, i + 440), **options) for i in range(0, 2200, 440)]
+        for large, *small in zip(whole, *parts, strict=True):
+            assert torch.equal(large, torch.cat(small))
 
 
 def refuses(backend, name, x, **options) -> bool:

@@ -9,8 +9,6 @@
 namespace pyllm {
 namespace {
 
-using torch::stable::new_empty;
-
 struct Normalised {
   Tensor y, z, mean, rstd;
 };
@@ -23,10 +21,10 @@ Normalised forward(const Tensor& x_in, const OptionalTensor& residual_in, const 
   const Tensor& like = residual.has_value() ? *residual : x;
   const Rows rows(x);
   Normalised out;
-  out.y = new_empty(like, x.sizes());
-  if (residual.has_value()) out.z = new_empty(like, x.sizes());
-  if (!rms) out.mean = new_empty(x, {rows.count}, statistics_type(like));
-  out.rstd = new_empty(x, {rows.count}, statistics_type(like));
+  out.y = uninitialised(like, x.sizes());
+  if (residual.has_value()) out.z = uninitialised(like, x.sizes());
+  if (!rms) out.mean = uninitialised(x, {rows.count}, statistics_type(like));
+  out.rstd = uninitialised(x, {rows.count}, statistics_type(like));
   if (rows.count == 0) return out;
 
   const NormForward args{.x = array(x),
@@ -40,6 +38,7 @@ Normalised forward(const Tensor& x_in, const OptionalTensor& residual_in, const 
                          .width = rows.width,
                          .eps = eps,
                          .rms = rms,
+                         .past_caches = past_caches(out.y),
                          .dropout = dropout};
   torch::stable::parallel_for(0, rows.count, rows_per_task(rows.width),
                               [&, kernel = pick_norm_fwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -59,10 +58,12 @@ Gradients backward(const Tensor& dy_in, const OptionalTensor& dz_in, const Tenso
   const Rows rows(z);
   const bool separate = x_dtype.has_value() && (dropout || *x_dtype != z.scalar_type());
   Gradients out;
-  out.dresidual = new_empty(z, z.sizes());
-  if (x_dtype.has_value()) { out.dx = separate ? new_empty(z, z.sizes(), *x_dtype) : new_empty(z, {0}, *x_dtype); }
-  out.dweight = weight.has_value() ? new_empty(*weight, weight->sizes()) : new_empty(z, {0});
-  out.dbias = bias.has_value() ? new_empty(*bias, bias->sizes()) : new_empty(z, {0});
+  out.dresidual = uninitialised(z, z.sizes());
+  if (x_dtype.has_value()) {
+    out.dx = separate ? uninitialised(z, z.sizes(), *x_dtype) : uninitialised(z, {0}, *x_dtype);
+  }
+  out.dweight = weight.has_value() ? uninitialised(*weight, weight->sizes()) : uninitialised(z, {0});
+  out.dbias = bias.has_value() ? uninitialised(*bias, bias->sizes()) : uninitialised(z, {0});
 
   // One chunk of rows for each thread: its partial sums are added in order, so gradients do not vary from run to run.
   const int64_t tasks = (rows.count + rows_per_task(rows.width) - 1) / rows_per_task(rows.width);
@@ -70,7 +71,7 @@ Gradients backward(const Tensor& dy_in, const OptionalTensor& dz_in, const Tenso
   const int64_t rows_per_chunk = chunks == 0 ? 0 : (rows.count + chunks - 1) / chunks;
   const bool parameters = weight.has_value() || bias.has_value();
   Tensor partials;
-  if (parameters) partials = new_empty(z, {chunks, 2, rows.width}, statistics_type(z));
+  if (parameters) partials = uninitialised(z, {chunks, 2, rows.width}, statistics_type(z));
   const NormBackward args{.dy = array(dy),
                           .dz = array(dz),
                           .z = array(z),
@@ -84,6 +85,7 @@ Gradients backward(const Tensor& dy_in, const OptionalTensor& dz_in, const Tenso
                           .width = rows.width,
                           .rows_per_chunk = rows_per_chunk,
                           .rms = mean == nullptr,
+                          .past_caches = past_caches(out.dresidual),
                           .dropout = dropout};
   torch::stable::parallel_for(0, chunks, 1,
                               [&, kernel = pick_norm_bwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });

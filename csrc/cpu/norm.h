@@ -14,7 +14,7 @@ struct NormForward {
   void *mean, *rstd;
   int64_t width;
   double eps;
-  bool rms;
+  bool rms, past_caches;
   Dropout dropout;
 };
 
@@ -26,7 +26,7 @@ struct NormBackward {
   const void *mean, *rstd;
   void* partials;  // null where neither gradient is wanted
   int64_t rows, width, rows_per_chunk;
-  bool rms;
+  bool rms, past_caches;
   Dropout dropout;
 };
 

@@ -54,11 +54,12 @@ void forward(const NormForward& args, int64_t begin, int64_t end) {
       const Z* residual = args.residual.as<const Z>() + row * n;
       Z* z = args.z.as<Z>() + row * n;
       const C* keep = args.dropout ? keep_factors<C>(args.dropout, row, n) : nullptr;
+      const bool stream_z = args.past_caches && streamable(z, n);
       total = accumulate<C, 1>(n, [&](int64_t i, int count, Vec<C>* terms) {
         Vec<C> v = load(x + i, count);
         if (keep != nullptr) v *= load(keep + i);
-        store(z + i, v + load(residual + i, count), count);
-        v = load(z + i, count);  // as rounded: what the backward sees
+        v = rounded<Z>(v + load(residual + i, count));  // what the backward sees
+        stream_z ? stream(z + i, v) : store(z + i, v, count);
         store(row_buffer + i, v, count);
         terms[0] += args.rms ? v * v : v;
       });
@@ -82,61 +83,107 @@ void forward(const NormForward& args, int64_t begin, int64_t end) {
     const C rstd = 1 / std::sqrt(total.value[0] / static_cast<C>(n) + static_cast<C>(args.eps));
     static_cast<C*>(args.rstd)[row] = rstd;
     Z* y = args.y.as<Z>() + row * n;
-    for_vectors<C>(n, [&](int64_t i, int count) {
+    write_row<C>(y, n, args.past_caches, [&](int64_t i, int count) {
       Vec<C> v = (load(values + i, count) - mean) * rstd;
       if (weight != nullptr) v *= load(weight + i, count);
       if (bias != nullptr) v += load(bias + i, count);
-      store(y + i, v, count);
+      return v;
     });
+  }
+  end_streams();
+}
+
+// What a row's gradient subtracts: the means of w dy and of w dy xhat.
+template <class C>
+struct RowMeans {
+  C shift, slope;
+};
+
+// RowMeans of R rows at once, so that dweight and dbias (null: not wanted) are read and written once for all of them.
+template <int R, class C, class Z>
+void sum_rows(const NormBackward& args, int64_t row, const C* weight, C* dweight, C* dbias, RowMeans<C>* means) {
+  const int64_t n = args.width;
+  const Z* dy = args.dy.as<const Z>() + row * n;
+  const Z* z = args.z.as<const Z>() + row * n;
+  C mean[R], rstd[R];
+  for (int r = 0; r < R; ++r) {
+    mean[r] = args.rms ? 0 : static_cast<const C*>(args.mean)[row + r];
+    rstd[r] = static_cast<const C*>(args.rstd)[row + r];
+  }
+  const auto column = [&](int64_t i, int count, Vec<C>* shift, Vec<C>* slope) __attribute__((always_inline)) {
+    const Vec<C> w = weight != nullptr ? load(weight + i, count) : splat(C{1});
+    Vec<C> dw{}, db{};
+    for (int r = 0; r < R; ++r) {
+      const Vec<C> g = load(dy + r * n + i, count), xhat = (load(z + r * n + i, count) - mean[r]) * rstd[r];
+      shift[r] += g * w;
+      slope[r] += g * w * xhat;  // lanes beyond the row have g = 0
+      dw += g * xhat;
+      db += g;
+    }
+    if (dweight != nullptr) store(dweight + i, load(dweight + i, count) + dw, count);
+    if (dbias != nullptr) store(dbias + i, load(dbias + i, count) + db, count);
+  };
+  constexpr int64_t block = 128 * kLanes<C>;  // summing blocks first keeps rounding errors small in wide rows
+  Vec<C> shift[R] = {}, slope[R] = {};
+  for (int64_t begin = 0; begin < n; begin += block) {
+    Vec<C> block_shift[R] = {}, block_slope[R] = {};
+    for_vectors<C>(n - begin < block ? n - begin : block,
+                   [&](int64_t i, int count) { column(begin + i, count, block_shift, block_slope); });
+    for (int r = 0; r < R; ++r) {
+      shift[r] += block_shift[r];
+      slope[r] += block_slope[r];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    means[r] = {args.rms ? 0 : sum<C>(shift[r]) / static_cast<C>(n), sum<C>(slope[r]) / static_cast<C>(n)};
   }
 }
 
 template <class X, class Z>
 void backward(const NormBackward& args, int64_t chunk) {
   using C = Compute<Z>;
+  constexpr int kRows = 4;             // taken at once
+  constexpr int64_t kRowsPerSum = 16;  // sums over few rows first, then over those: the error grows with neither
   const int64_t n = args.width;
   const C* weight = parameter<C, 0>(args.weight, n);
-  // Sums over few rows first, then over those sums: the rounding error grows with neither.
-  constexpr int64_t kRowsPerSum = 16;
   C* totals = static_cast<C*>(args.partials) + chunk * 2 * n;
-  C* dweight = scratch<C, 1>(2 * n);
-  C* dbias = dweight + n;
   const int64_t sums = args.partials == nullptr ? 0 : args.rms ? n : 2 * n;
+  C* dweight = sums > 0 ? scratch<C, 1>(2 * n) : nullptr;
+  C* dbias = sums > n ? dweight + n : nullptr;
   if (sums > 0) {
     std::memset(totals, 0, 2 * n * sizeof(C));
     std::memset(dweight, 0, sums * sizeof(C));
   }
   const int64_t begin = chunk * args.rows_per_chunk;
   const int64_t end = begin + args.rows_per_chunk < args.rows ? begin + args.rows_per_chunk : args.rows;
+  RowMeans<C> means[kRows];
   for (int64_t row = begin; row < end; ++row) {
-    const Z* dy = args.dy.as<const Z>() + row * n;
-    const Z* z = args.z.as<const Z>() + row * n;
+    const int64_t taken = (row - begin) % kRows;
+    if (taken == 0 && end - row >= kRows) {
+      sum_rows<kRows, C, Z>(args, row, weight, dweight, dbias, means);
+    } else if (row - taken + kRows > end) {
+      sum_rows<1, C, Z>(args, row, weight, dweight, dbias, means + taken);
+    }
+    const auto [shift, slope] = means[taken];
     const C mean = args.rms ? 0 : static_cast<const C*>(args.mean)[row];
     const C rstd = static_cast<const C*>(args.rstd)[row];
-    // Sums of w dy and of w dy xhat; lanes beyond the row have dy = 0.
-    const auto total = accumulate<C, 2>(n, [&](int64_t i, int count, Vec<C>* terms) {
-      const Vec<C> g = load(dy + i, count), xhat = (load(z + i, count) - mean) * rstd;
-      const Vec<C> wg = weight != nullptr ? g * load(weight + i, count) : g;
-      terms[0] += wg;
-      terms[1] += wg * xhat;
-      if (sums > 0) {
-        store(dweight + i, load(dweight + i, count) + g * xhat, count);
-        if (!args.rms) store(dbias + i, load(dbias + i, count) + g, count);
-      }
-    });
-    const C shift = args.rms ? 0 : total.value[0] / static_cast<C>(n);
-    const C slope = total.value[1] / static_cast<C>(n);
+    const Z* dy = args.dy.as<const Z>() + row * n;
+    const Z* z = args.z.as<const Z>() + row * n;
     const Z* dz = args.dz ? args.dz.as<const Z>() + row * n : nullptr;
     Z* dresidual = args.dresidual.as<Z>() + row * n;
     X* dx = args.dx ? args.dx.as<X>() + row * n : nullptr;
     const C* keep = dx != nullptr && args.dropout ? keep_factors<C>(args.dropout, row, n) : nullptr;
-    for_vectors<C>(n, [&](int64_t i, int count) {
+    const bool stream_dx = args.past_caches && streamable(dx, n);
+    write_row<C>(dresidual, n, args.past_caches, [&, shift = shift, slope = slope](int64_t i, int count) {
       const Vec<C> g = load(dy + i, count), xhat = (load(z + i, count) - mean) * rstd;
       const Vec<C> wg = weight != nullptr ? g * load(weight + i, count) : g;
       Vec<C> d = (wg - shift - xhat * slope) * rstd;
       if (dz != nullptr) d += load(dz + i, count);
-      store(dresidual + i, d, count);
-      if (dx != nullptr) store(dx + i, keep != nullptr ? d * load(keep + i) : d, count);
+      if (dx != nullptr) {
+        const Vec<C> branch = keep != nullptr ? d * load(keep + i) : d;
+        stream_dx ? stream(dx + i, branch) : store(dx + i, branch, count);
+      }
+      return d;
     });
     if ((row - begin) % kRowsPerSum == kRowsPerSum - 1 || row + 1 == end) {
       for_vectors<C>(sums, [&](int64_t i, int count) {
@@ -145,6 +192,7 @@ void backward(const NormBackward& args, int64_t chunk) {
       });
     }
   }
+  end_streams();
 }
 
 // Calls body(X{}, Z{}) for the pairs that the operators admit: one dtype, or 16-bit x with float z.

@@ -6,14 +6,12 @@
 namespace pyllm {
 namespace {
 
-using torch::stable::new_empty;
-
 Tensor forward(const Tensor& x_in, const OptionalTensor& mask_in, double scale, bool is_causal, bool log) {
   const Tensor x = as_contiguous(x_in);
   const Rows rows(x);
   const int64_t rank = x.dim() - 1;
   STD_TORCH_CHECK(rank <= kMaxRank, "softmax: x must have at most ", kMaxRank + 1, " dimensions, got ", rank + 1);
-  Tensor y = new_empty(x, x.sizes());
+  Tensor y = uninitialised(x, x.sizes());
   if (x.numel() == 0) return y;
 
   SoftmaxForward args{.x = array(x),
@@ -26,7 +24,8 @@ Tensor forward(const Tensor& x_in, const OptionalTensor& mask_in, double scale, 
                       .mask_strides = {},
                       .scale = scale,
                       .is_causal = is_causal,
-                      .log = log};
+                      .log = log,
+                      .past_caches = past_caches(y)};
   for (int64_t d = 0; d < rank; ++d) args.sizes[d] = x.size(d);
   OptionalTensor mask = mask_in;
   if (mask.has_value()) {
@@ -46,10 +45,15 @@ Tensor forward(const Tensor& x_in, const OptionalTensor& mask_in, double scale, 
 Tensor backward(const Tensor& dy_in, const Tensor& y_in, double scale, bool log) {
   const Tensor dy = as_contiguous(dy_in), y = as_contiguous(y_in);
   const Rows rows(y);
-  Tensor dx = new_empty(y, y.sizes());
+  Tensor dx = uninitialised(y, y.sizes());
   if (y.numel() == 0) return dx;
-  const SoftmaxBackward args{
-      .dy = array(dy), .y = array(y), .dx = array(dx), .width = rows.width, .scale = scale, .log = log};
+  const SoftmaxBackward args{.dy = array(dy),
+                             .y = array(y),
+                             .dx = array(dx),
+                             .width = rows.width,
+                             .scale = scale,
+                             .log = log,
+                             .past_caches = past_caches(dx)};
   torch::stable::parallel_for(
       0, rows.count, rows_per_task(rows.width),
       [&, kernel = pick_softmax_bwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });

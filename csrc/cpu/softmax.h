@@ -16,7 +16,7 @@ struct SoftmaxForward {
   int rank;
   int64_t sizes[kMaxRank], mask_strides[kMaxRank];
   double scale;
-  bool is_causal, log;
+  bool is_causal, log, past_caches;
 };
 
 // dx = scale * (gradient of the scores).
@@ -24,7 +24,7 @@ struct SoftmaxBackward {
   Array dy, y, dx;
   int64_t width;
   double scale;
-  bool log;
+  bool log, past_caches;
 };
 
 PYLLM_KERNEL(softmax_fwd, SoftmaxForward)   // over rows

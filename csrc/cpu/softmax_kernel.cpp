@@ -50,12 +50,9 @@ void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
       n = i + 1 < n ? i + 1 : n;
     }
 
-    C* scores;  // y itself where it can hold them
-    if constexpr (std::is_same_v<T, C>) {
-      scores = y;
-    } else {
-      scores = scratch<C>(n);
-    }
+    C* scores = nullptr;  // y itself where it can hold them
+    if constexpr (std::is_same_v<T, C>) scores = args.past_caches ? nullptr : y;
+    if (scores == nullptr) scores = scratch<C>(n);
     Vec<C> peaks[2] = {splat(-inf), splat(-inf)};
     if (args.mask) {
       for_vectors<C>(n, [&](int64_t i, int count) { store(scores + i, load(x + i, count) * scale, count); });
@@ -64,7 +61,7 @@ void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
       for_vectors<C>(n, [&](int64_t i, int count) { store(scores + i, load(x + i, count) * scale, count); });
     }
     const C* source = scores;
-    if constexpr (std::is_same_v<T, C>) source = args.mask || scale != 1 ? y : x;
+    if constexpr (std::is_same_v<T, C>) source = args.mask || scale != 1 ? scores : x;
     int64_t i = 0;
     for (; i + 2 * kLanes<C> <= n; i += 2 * kLanes<C>) {
       peaks[0] = max<C>(load(source + i), peaks[0]);
@@ -81,17 +78,18 @@ void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
                     }).value[0];
     if (args.log) {
       const C log_total = std::log(total);  // apart from shift, beside which it would lose its digits
-      for_vectors<C>(n, [&](int64_t i, int count) {
+      write_row<C>(y, n, args.past_caches, [&](int64_t i, int count) {
         const Vec<C> s = load(source + i, count);
-        store(y + i, s == -inf ? s : s - shift - log_total, count);
+        return s == -inf ? s : s - shift - log_total;
       });
     } else {
       const C norm = total == 0 ? 0 : 1 / total;
-      for_vectors<C>(n, [&](int64_t i, int count) { store(y + i, load(scores + i, count) * norm, count); });
+      write_row<C>(y, n, args.past_caches, [&](int64_t i, int count) { return load(scores + i, count) * norm; });
     }
     const Vec<C> removed = splat(args.log ? -inf : C{0});
     for_vectors<C>(args.width - n, [&](int64_t i, int count) { store(y + n + i, removed, count); });
   }
+  end_streams();
 }
 
 template <class T>
@@ -108,12 +106,13 @@ void backward(const SoftmaxBackward& args, int64_t begin, int64_t end) {
                       const Vec<C> g = load(dy + i, count), p = load(y + i, count);
                       terms[0] += args.log ? (p == -inf ? Vec<C>{} : g) : g * p;
                     }).value[0];
-    for_vectors<C>(n, [&](int64_t i, int count) {
+    write_row<C>(dx, n, args.past_caches, [&](int64_t i, int count) {
       const Vec<C> g = load(dy + i, count), p = load(y + i, count);
       const Vec<C> d = args.log ? (p == -inf ? Vec<C>{} : g - exp(p) * total) : p * (g - total);
-      store(dx + i, d * scale, count);
+      return d * scale;
     });
   }
+  end_streams();
 }
 
 }  // namespace

@@ -109,6 +109,13 @@ inline void store(T* p, Vec<Compute<T>> v) {
   }
 }
 
+// v as T holds it.
+template <class T>
+inline Vec<Compute<T>> rounded(Vec<Compute<T>> v) {
+  if constexpr (sizeof(T) == 2) return widen(narrow(v, T{}), T{});
+  return v;
+}
+
 // The first `count` lanes; the others are 0.
 template <class T>
 inline Vec<Compute<T>> load(const T* p, int count) {
@@ -141,6 +148,51 @@ template <class C, class Body>
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) body(i, lanes);
   if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// --- stores past the caches: a large result then costs no read of what it overwrites ---
+
+template <class T>
+inline void stream(T* p, Vec<Compute<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(narrow(v, T{})));
+  } else {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(narrow(v, T{})));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(v));
+  }
+#else
+  store(p, v);
+#endif
+}
+
+// Whether `stream` can write a row of n: whole aligned vectors.
+template <class T>
+inline bool streamable(const T* row, int64_t n) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  return n % lanes == 0 && reinterpret_cast<uintptr_t>(row) % (lanes * sizeof(T)) == 0;
+}
+
+// to[i] = vector(i, count) for a row of n.
+template <class C, class T, class Vector>
+[[gnu::always_inline]] inline void write_row(T* to, int64_t n, bool past_caches, Vector&& vector) {
+  if (past_caches && streamable(to, n)) {
+    for (int64_t i = 0; i < n; i += kLanes<C>) stream(to + i, vector(i, kLanes<C>));
+  } else {
+    for_vectors<C>(n, [&](int64_t i, int count) { store(to + i, vector(i, count), count); });
+  }
+}
+
+// Orders streamed stores before what tells other threads that they are done.
+inline void end_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // --- reductions over the lanes ---
