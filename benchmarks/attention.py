@@ -1,5 +1,9 @@
-"""attention against scaled_dot_product_attention: as PyTorch chooses its kernel, and on a GPU by kernel."""
+"""attention, packed attention and decoding against scaled_dot_product_attention.
 
+As PyTorch chooses its kernel, and on a GPU by kernel. What these cannot express gets a mask or a bias as a matrix.
+"""
+
+import itertools
 from functools import partial
 
 import torch
@@ -7,39 +11,136 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyllm import ops
+from pyllm import ops, reference
 from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload
+from pyllm.ops.relative_bias import bucket
 from pyllm.testing import randn
 
+T5 = {"bidirectional": True, "max_distance": 128}
 
-def _build(shape, dtype: torch.dtype, device: str, is_causal: bool = False, dropout_p: float = 0.0) -> Workload:
+
+def _heads(batch: int, length: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
+    """A leaf (B, H, S, D) as layers have it: heads next to each other in memory."""
+    return randn(batch, length, heads, dim, dtype=dtype, device=device).detach().transpose(1, 2).requires_grad_()
+
+
+def _build(shape, dtype: torch.dtype, device: str, is_causal=False, dropout_p=0.0, window=None, t5=False) -> Workload:
     batch, heads, length, dim = shape
     options = {"is_causal": is_causal, "dropout_p": dropout_p}
-    # As layers have them: heads next to each other in memory.
-    inputs = {
-        name: randn(batch, length, heads, dim, dtype=dtype, device=device).detach().transpose(1, 2).requires_grad_()
-        for name in ("query", "key", "value")
-    }
+    inputs = {name: _heads(batch, length, heads, dim, dtype, device) for name in ("query", "key", "value")}
+    if t5:
+        inputs["table"] = randn(32, heads, dtype=dtype, device=device)
+        return operator_workload(_with_t5, partial(_eager_with_t5, length), inputs)
+    sdpa = partial(F.scaled_dot_product_attention, **options)
+    ours = partial(ops.attention, window=window, **options)
+    if window is not None:
+        band = reference.band(length, length, *window, False, torch.device(device))
+        return operator_workload(ours, partial(sdpa, attn_mask=band), inputs, {"full": ops.attention})
 
     def on(kernel: SDPBackend):
-        def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             with sdpa_kernel(kernel):
-                return F.scaled_dot_product_attention(query, key, value, **options)
+                return sdpa(query, key, value)
 
-        return sdpa
+        return call
 
     peers = {}
     if device == "cuda" and dtype.itemsize == 2:  # the kernels that take these dtypes only
         peers = {"flash": on(SDPBackend.FLASH_ATTENTION), "cudnn": on(SDPBackend.CUDNN_ATTENTION)}
-    eager = partial(F.scaled_dot_product_attention, **options)
-    return operator_workload(partial(ops.attention, **options), eager, inputs, peers)
+    return operator_workload(ours, sdpa, inputs, peers)
 
 
-def _flops(shape, is_causal: bool = False, dropout_p: float = 0.0) -> tuple[float, float]:
-    """Two products forward, five backward; half of them where causal."""
+def _with_t5(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+    return ops.attention(query, key, value, relative_bias=ops.RelativeBias(table, **T5), scale=1.0)
+
+
+def _eager_with_t5(length: int, query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+    """As models do: the bias is a matrix, gathered from the table at each call."""
+    position = torch.arange(length, device=table.device)
+    buckets = bucket(position - position[:, None], table.shape[0], **T5)
+    bias = F.embedding(buckets, table).permute(2, 0, 1)[None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+
+
+def _pairs(length: int, is_causal: bool, window: tuple[int, int] | None) -> int:
+    if window is None:
+        return length * length // 2 if is_causal else length * length
+    return reference.band(length, length, *window, False, torch.device("cpu")).sum().item()
+
+
+def _flops(shape, is_causal=False, dropout_p=0.0, window=None, t5=False) -> tuple[float, float]:
+    """Two products forward, five backward, of the pairs attended to."""
     batch, heads, length, dim = shape
-    forward = 4 * batch * heads * length * length * dim * (0.5 if is_causal else 1.0)
+    forward = 4 * batch * heads * _pairs(length, is_causal, window) * dim
     return forward, 2.5 * forward
+
+
+# --- packed ---
+
+
+def _lengths(batch: int, longest: int) -> list[int]:
+    """Evenly spread, half of the longest on average: half of a padded batch is padding."""
+    return [max(1, longest * (2 * i + 1) // (2 * batch)) for i in range(batch)]
+
+
+def _build_packed(shape, dtype: torch.dtype, device: str) -> Workload:
+    """On a padded batch: packing and unpacking are part of the packed call."""
+    batch, heads, longest, dim = shape
+    lengths = _lengths(batch, longest)
+    padding = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
+    inputs = {name: _heads(batch, longest, heads, dim, dtype, device) for name in ("query", "key", "value")}
+    kept = (~padding).flatten().nonzero().squeeze(1)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+    def packed(**tensors: Tensor) -> Tensor:
+        rows = (x.transpose(1, 2).flatten(0, 1).index_select(0, kept) for x in tensors.values())
+        out = ops.attention_varlen(*rows, bounds, bounds)
+        full = out.new_zeros(batch * longest, heads, dim).index_copy(0, kept, out)
+        return full.view(batch, longest, heads, dim).transpose(1, 2)
+
+    unused = padding[:, None, :, None]
+
+    def eager(**tensors: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(**tensors, attn_mask=~padding[:, None, None, :])
+        return out.masked_fill(unused, 0.0)
+
+    def padded(**tensors: Tensor) -> Tensor:
+        return ops.attention(**tensors, key_padding_mask=padding).masked_fill(unused, 0.0)
+
+    return operator_workload(packed, eager, inputs, {"padded": padded})
+
+
+def _flops_packed(shape) -> tuple[float, float]:
+    batch, heads, longest, dim = shape
+    forward = 4 * heads * dim * sum(length**2 for length in _lengths(batch, longest))
+    return forward, 2.5 * forward
+
+
+# --- decoding ---
+
+
+def _build_decode(shape, dtype: torch.dtype, device: str) -> Workload:
+    """One new token for each sequence, whose cache is full but for it."""
+    batch, heads, kv_heads, length, dim = shape
+
+    def make(h: int, n: int) -> Tensor:
+        return randn(batch, h, n, dim, dtype=dtype, device=device, grad=False)
+
+    query, key, value, key_cache, value_cache = make(heads, 1), *(make(kv_heads, n) for n in (1, 1, length, length))
+    before = torch.full((batch,), length - 1, dtype=torch.int32, device=device)
+    inputs = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "key": key, "value": value}
+
+    def eager(query, key_cache, value_cache, key, value) -> Tensor:
+        key_cache[:, :, -1:], value_cache[:, :, -1:] = key, value
+        return F.scaled_dot_product_attention(query, key_cache, value_cache, enable_gqa=heads != kv_heads)
+
+    return operator_workload(partial(ops.attention_decode, cache_seqlens=before), eager, inputs)
+
+
+def _moved_decode(shape) -> tuple[float, float]:
+    """Keys and values are read once."""
+    batch, _, kv_heads, length, dim = shape
+    return 2 * batch * kv_heads * length * dim, 0
 
 
 BENCHMARKS = (
@@ -55,6 +156,27 @@ BENCHMARKS = (
             "": {},
             "causal": {"is_causal": True},
             "causal dropout 0.1": {"is_causal": True, "dropout_p": 0.1},
+            "window 256": {"window": (128, 127)},
+            "t5": {"t5": True},
         },
+    ),
+    Benchmark(
+        name="attention_varlen",
+        axes="batch x heads x longest x head_dim",
+        shapes=((8, 12, 512, 64),),
+        tiny=(2, 1, 8, 16),
+        build=_build_packed,
+        small=lambda shape: (min(shape[0], 4), min(shape[1], 2), min(shape[2], 512), shape[3]),
+        flops=_flops_packed,
+    ),
+    Benchmark(
+        name="attention_decode",
+        axes="batch x heads x kv_heads x length x head_dim",
+        shapes=((8, 12, 12, 4096, 64), (8, 32, 8, 4096, 128)),
+        tiny=(1, 1, 1, 8, 16),
+        build=_build_decode,
+        small=lambda shape: (1, *shape[1:]),
+        moved=_moved_decode,
+        passes=("forward",),
     ),
 )

@@ -36,7 +36,7 @@ class Benchmark:
 
     build makes the workload of a shape, whose sizes `axes` names. `small` is the shape with fewer independent rows or
     heads, on which the numbers are checked. variants: options of build, by label. Either moved (elements that each pass
-    has to read and write at least) or flops is given: (shape, **options) -> (forward, backward).
+    has to read and write at least) or flops is given: (shape, **options) -> (forward, backward). passes: those it has.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Benchmark:
     moved: Callable[..., tuple[float, float]] | None = None
     flops: Callable[..., tuple[float, float]] | None = None
     variants: dict[str, dict] = field(default_factory=lambda: {"": {}})
+    passes: tuple[str, ...] = PASSES
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Result:
     """One row as measured. seconds, ratio: by implementation, ratio = eager's time over its own.
 
     rate is pyllm's bytes or FLOP per second, share what part that is of the machine's limit. problem: why there is no
-    time. fresh_pages: outputs so large that each call has them faulted in anew by the kernel.
+    time. fresh_pages: outputs so large that each call has them faulted in anew by the kernel. memory: bytes that a call
+    holds at most beyond its inputs, by implementation.
     """
 
     case: Case
@@ -100,6 +102,7 @@ class Result:
     rate: float | None = None
     share: float | None = None
     problem: str | None = None
+    memory: dict[str, int] = field(default_factory=dict)
 
     def row(self) -> dict:
         """Plain values for JSON and CSV; times in seconds, rates per second."""
@@ -113,7 +116,7 @@ class Result:
             "variant": case.variant,
             "pass": case.direction,
         }
-        for name, by_peer in (("seconds", self.seconds), ("ratio", self.ratio)):
+        for name, by_peer in (("seconds", self.seconds), ("ratio", self.ratio), ("peak_bytes", self.memory)):
             row |= {f"{name}_{peer}": value for peer, value in by_peer.items()}
         return row | {n: getattr(self, n) for n in ("backend", "fresh_pages", "spread", "rate", "share", "problem")}
 
@@ -123,12 +126,14 @@ def cases(
     dtypes: Sequence[str],
     device: str,
     shapes: Sequence[tuple[int, ...]] | None = None,
-    directions: Sequence[str] = PASSES,
+    directions: Sequence[str] | None = None,
     variants: Sequence[str] | None = None,
 ) -> list[Case]:
-    """All combinations; the benchmark's own shapes and variants unless others are named."""
+    """All combinations; the benchmark's own shapes, variants and passes unless others are named."""
     chosen = list(benchmark.variants) if variants is None else variants
-    product = itertools.product(shapes or benchmark.shapes, dtypes, chosen, directions)
+    recorded = ("recorded",) if "both" in benchmark.passes else ()
+    ways = [way for way in directions or PASSES if way in (*benchmark.passes, *recorded)]
+    product = itertools.product(shapes or benchmark.shapes, dtypes, chosen, ways)
     return [Case(benchmark, shape, dtype, way, variant, device) for shape, dtype, variant, way in product]
 
 
@@ -158,8 +163,11 @@ def measure(case: Case, backend: str | None = None, compiled: bool = True, quick
                 continue
             with torch.set_grad_enabled(case.direction != "forward"):
                 times = timing.paired(calls, case.device, **({"rounds": 3, "slot": 0.002} if quick else {}))
+                peaks = {name: timing.peak_memory(call, case.device) for name, call in calls.items()}
+            memory = {name: peak for name, peak in peaks.items() if peak is not None}
             rate, share = _rate(case, times.seconds["pyllm"], quick)
-            yield Result(case, ran, large and not warm, times.seconds, times.ratio, times.spread, rate, share)
+            measured = (times.seconds, times.ratio, times.spread, rate, share)
+            yield Result(case, ran, large and not warm, *measured, memory=memory)
         if large:
             timing.warm_allocator(0)
 

@@ -17,7 +17,18 @@ def _peers(results: Sequence[Result]) -> list[str]:
 
 
 def columns(peers: Sequence[str]) -> tuple[str, ...]:
-    return ("case", "pass", "backend", "pyllm", "vs eager", "A/A", *(f"vs {p}" for p in peers), "rate", "of limit")
+    return (
+        "case",
+        "pass",
+        "backend",
+        "pyllm",
+        "vs eager",
+        "A/A",
+        *(f"vs {p}" for p in peers),
+        "rate",
+        "of limit",
+        "memory",
+    )
 
 
 def cells(result: Result, peers: Sequence[str]) -> tuple[str, ...]:
@@ -27,7 +38,7 @@ def cells(result: Result, peers: Sequence[str]) -> tuple[str, ...]:
     parts = (case.benchmark.name, "x".join(map(str, case.shape)), case.dtype, case.variant, pages)
     name = " ".join(part for part in parts if part)
     if result.problem:
-        return (name, case.direction, result.backend, f"RED: {result.problem}", *("",) * (len(peers) + 4))
+        return (name, case.direction, result.backend, f"RED: {result.problem}", *("",) * (len(peers) + 5))
     return (
         name,
         case.direction,
@@ -38,7 +49,14 @@ def cells(result: Result, peers: Sequence[str]) -> tuple[str, ...]:
         *(f"{ratio['pyllm'] / ratio[peer]:.2f} x" if peer in ratio else "" for peer in peers),
         rate(case, result.rate) if result.rate else "",
         f"{100 * result.share:.0f} %" if result.share else "",
+        _memory(result),
     )
+
+
+def _memory(result: Result) -> str:
+    """What pyllm's call holds at most, and the part that this is of eager's."""
+    ours, theirs = (result.memory.get(name) for name in ("pyllm", "eager"))
+    return f"{ours / 2**20:.1f} MiB, {ours / theirs:.2f} x" if ours and theirs else ""
 
 
 def table(results: Sequence[Result]) -> Table:

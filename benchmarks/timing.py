@@ -100,6 +100,38 @@ def warm_allocator(size: int) -> bool:
     return True
 
 
+def peak_memory(call: Callable[[], object], device: str) -> int | None:
+    """Bytes that a second call holds at most, beyond what was held before it; None where the system does not tell.
+
+    On a GPU, of PyTorch's allocator; on a CPU, of the process as Linux counts its pages, each block in pages of its own.
+    """
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    peak_reset = Path("/proc/self/clear_refs")
+    if not (peak_reset.exists() and warm_allocator(0)):
+        return None
+    libc, mmap_threshold = ctypes.CDLL(None), -3
+    libc.mallopt(mmap_threshold, 2**16)
+    call()
+    libc.malloc_trim(0)
+    peak_reset.write_text("5")
+    before = _status_bytes("VmRSS")
+    call()
+    peak = _status_bytes("VmHWM")
+    warm_allocator(0)
+    return peak - before
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 @functools.cache
 def copy_bandwidth(device: str, quick: bool = False) -> float:
     """Bytes per second, read and written, of a copy far larger than the caches."""

@@ -120,7 +120,7 @@ def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
                 parser.error(f"--variant: {benchmark.name} has {known}, not {variant!r}")
         common = {"device": arguments.device, "variants": arguments.variant, "dtypes": arguments.dtype or ["fp32"]}
         shapes = arguments.shape or ([benchmark.tiny] if arguments.quick else None)
-        directions = arguments.direction or measure.PASSES
+        directions = arguments.direction
         cases += measure.cases(benchmark, shapes=shapes, directions=directions, **common)
         tiny += measure.cases(benchmark, shapes=[benchmark.tiny], directions=measure.OVERHEAD_PASSES, **common)
     return cases, tiny
