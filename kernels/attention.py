@@ -34,40 +34,34 @@ from pyllm.kernels.attention_backward import (
     attention_bwd_mask_kernel,
     attention_bwd_query_kernel,
 )
-from pyllm.kernels.attention_common import Distances, Features, Mask, Padding, Rows, Sizes, Slopes
+from pyllm.kernels.attention_common import (
+    Features,
+    Mask,
+    Padding,
+    Sizes,
+    bound,
+    distances_of,
+    merged,
+    row_major,
+    rows_of,
+    shape_and_scale,
+    slopes_of,
+)
 from pyllm.kernels.attention_forward import attention_fwd_kernel
-from pyllm.kernels.attention_tiles import target_of, tiles
+from pyllm.kernels.attention_tiles import BUSY, DISTANCES, PLAIN, target_of, tiles
 from pyllm.reference import AttentionCall, dropout_threshold
 
 
-def _row_major(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _merged(x: Tensor, dtype: torch.dtype | None = None, fill=torch.empty) -> Tensor:
-    """(B, H, S, D) like x, stored as (B, S, H, D)."""
-    batch, heads, length, dim = x.shape
-    return fill((batch, length, heads, dim), dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
-
-
-def _rows(x: Tensor) -> Rows:
-    return Rows(x, *x.stride()[:3])
-
-
 def _features(call: AttentionCall) -> Features:
-    mask, padding, slopes, distances = call.attn_mask, call.key_padding_mask, call.alibi_slopes, call.distance_bias
+    mask, padding = call.attn_mask, call.key_padding_mask
     if mask is not None:
         mask = Mask(mask, *(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)))
     if padding is not None:
         padding = Padding(padding, *padding.stride())
-    if distances is not None:
-        distances = Distances(distances.contiguous(), distances.shape[1] // 2)
-    if slopes is not None:
-        slopes = slopes.contiguous()
-        slopes = Slopes(slopes, 0 if slopes.shape[0] == 1 else slopes.shape[1])
+    biases = (distances_of(call.distance_bias), slopes_of(call.alibi_slopes))
     longest = call.query.shape[2] + call.key.shape[2]
-    left, right = (bound if 0 <= bound < longest else None for bound in (call.left, call.right))
-    return Features(mask, padding, distances, slopes, call.rng, dropout_threshold(call.dropout_p), left, right)
+    band = (bound(call.left, longest), bound(call.right, longest))
+    return Features(mask, padding, *biases, call.rng, dropout_threshold(call.dropout_p), *band)
 
 
 class _Launcher:
@@ -75,35 +69,35 @@ class _Launcher:
 
     def __init__(self, call: AttentionCall, target: str | None):
         query, key = call.query, call.key
-        batch, self.heads, sq, dim = query.shape
+        batch, self.heads, sq, _ = query.shape
         self.kv_heads, sk = key.shape[1:3]
         self.packed = call.cu_seqlens_q is not None
         if self.packed:
             batch = call.cu_seqlens_q.shape[0] - 1
         self.batch, self.device = batch, query.device
         self.target = target or target_of(query.device)
-        extras = (call.attn_mask, call.key_padding_mask, call.distance_bias, call.alibi_slopes, call.rng)
-        self.busy = call.softcap != 0.0 or any(x is not None for x in extras)
+        self.load = PLAIN
+        if call.distance_bias is not None:
+            self.load = DISTANCES
+        elif call.softcap or any(
+            x is not None for x in (call.attn_mask, call.key_padding_mask, call.alibi_slopes, call.rng)
+        ):
+            self.load = BUSY
         self.itemsize = query.element_size()
         added = call.attn_mask is not None and call.attn_mask.dtype != torch.bool
         self.arguments = {
-            "q": _rows(query),
-            "k": _rows(key),
-            "v": _rows(call.value),
+            "q": rows_of(query),
+            "k": rows_of(key),
+            "v": rows_of(call.value),
             "features": _features(call),
             "sizes": Sizes(batch, self.heads, sq, sk, call.cu_seqlens_q, call.cu_seqlens_k),
-            "scale": call.scale / (call.softcap or 1.0),
-            "cap": call.softcap,
             "GROUP": self.heads // self.kv_heads,
-            "D": dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-            "NATURAL": self.itemsize > 2 or added or call.distance_bias is not None,
-            "SOFTCAP": call.softcap != 0.0,
             "BOTTOM": call.bottom_right,
+            **shape_and_scale(query, call.scale, call.softcap, added or call.distance_bias is not None),
         }
 
     def tiles(self, step: str) -> dict:
-        return tiles(step, self.target, self.itemsize, self.arguments["BLOCK_D"], self.busy)
+        return tiles(step, self.target, self.itemsize, self.arguments["BLOCK_D"], self.load)
 
     def slots(self, length: int, block: int) -> int:
         """The programs that the tiles of one head need, in all sequences."""
@@ -122,14 +116,14 @@ def forward_tiles(*args) -> dict:
 def attention_fwd(*args, target: str | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of the fields of an AttentionCall, as pyllm.ops.attention says. target: whose tiles to take."""
     call = AttentionCall(*args)
-    call = call._replace(**{name: _row_major(getattr(call, name)) for name in ("query", "key", "value")})
+    call = call._replace(**{name: row_major(getattr(call, name)) for name in ("query", "key", "value")})
     one = _Launcher(call, target)
-    out = _merged(call.query)
+    out = merged(call.query)
     statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     lse = torch.empty(call.query.shape[:3], dtype=statistics, device=one.device)
     sizes = one.tiles("fwd")
     programs = one.heads * one.slots(call.query.shape[2], sizes["BLOCK_M"])
-    one.launch(attention_fwd_kernel, programs, out=_rows(out), p_lse=lse, **sizes)
+    one.launch(attention_fwd_kernel, programs, out=rows_of(out), p_lse=lse, **sizes)
     return out, lse
 
 
@@ -139,13 +133,13 @@ def attention_bwd(
     """(dquery, dkey, dvalue, dattn_mask, ddistance_bias), as pyllm.ops.attention says, with two switches at the end."""
     *args, mask_gradient, bias_gradient = args
     call = AttentionCall(*args)
-    call = call._replace(**{name: _row_major(getattr(call, name)) for name in ("query", "key", "value")})
-    dout, out, lse = _row_major(dout), _row_major(out), lse.contiguous()
+    call = call._replace(**{name: row_major(getattr(call, name)) for name in ("query", "key", "value")})
+    dout, out, lse = row_major(dout), row_major(out), lse.contiguous()
     one = _Launcher(call, target)
     query, key, mask, distances = call.query, call.key, call.attn_mask, call.distance_bias
     deterministic = torch.are_deterministic_algorithms_enabled()
-    dquery = _merged(query) if deterministic else _merged(query, lse.dtype, torch.zeros)
-    dkey, dvalue = _merged(key), _merged(key)
+    dquery = merged(query) if deterministic else merged(query, lse.dtype, torch.zeros)
+    dkey, dvalue = merged(key), merged(key)
     delta = torch.empty_like(lse)
 
     rows = max(16, 4096 // one.arguments["BLOCK_D"])
@@ -155,14 +149,14 @@ def attention_bwd(
             attention_bwd_delta_kernel,
             (programs,),
             one.device,
-            out=_rows(out),
-            dout=_rows(dout),
-            dlse=None if dlse is None else _rows(dlse),
+            out=rows_of(out),
+            dout=rows_of(dout),
+            dlse=None if dlse is None else rows_of(dlse),
             p_delta=delta,
             BLOCK_M=rows,
             **{name: one.arguments[name] for name in ("sizes", "D", "BLOCK_D")},
         )
-    one.arguments |= {"dout": _rows(dout), "p_lse": lse, "p_delta": delta}
+    one.arguments |= {"dout": rows_of(dout), "p_lse": lse, "p_delta": delta}
 
     sizes = one.tiles("key")
     slots = one.slots(key.shape[2], sizes["BLOCK_N"])
@@ -176,9 +170,9 @@ def attention_bwd(
     one.launch(
         attention_bwd_key_kernel,
         one.kv_heads * slots,
-        dq=None if deterministic else _rows(dquery),
-        dk=_rows(dkey),
-        dv=_rows(dvalue),
+        dq=None if deterministic else rows_of(dquery),
+        dk=rows_of(dkey),
+        dv=rows_of(dvalue),
         p_near=near,
         LAYERS=layers,
         **sizes,
@@ -188,7 +182,7 @@ def attention_bwd(
     sizes = one.tiles("query")
     if deterministic:
         programs = one.heads * one.slots(query.shape[2], sizes["BLOCK_M"])
-        one.launch(attention_bwd_query_kernel, programs, dq=_rows(dquery), **sizes)
+        one.launch(attention_bwd_query_kernel, programs, dq=rows_of(dquery), **sizes)
 
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=one.device) if mask_gradient else query.new_empty(0)
     if dmask.numel():
@@ -222,7 +216,7 @@ def _variant(feature: str, dtype: torch.dtype, dim: int) -> AttentionCall:
     empty = partial(torch.empty, device="meta")
     named = feature.split()
     rows = (1, heads, batch * length, dim) if "varlen" in named else (batch, heads, length, dim)
-    query, key, value = (_merged(empty(rows, dtype=dtype)) for _ in range(3))
+    query, key, value = (merged(empty(rows, dtype=dtype)) for _ in range(3))
     masked = "bool" in named or "float" in named
     bounds = empty(batch + 1, dtype=torch.int32) if "varlen" in named else None
     return AttentionCall(

@@ -7,8 +7,10 @@ which a feature is compiled away.
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from pyllm.kernels._common import INTERPRETED, rounded
 
@@ -101,6 +103,51 @@ class Head(NamedTuple):
     seed: object
     offset: object
     kept_scale: object  # reference.dropout_scale
+
+
+# --- for launchers ---
+
+
+def row_major(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def merged(x: Tensor, dtype: torch.dtype | None = None, fill=torch.empty) -> Tensor:
+    """(B, H, S, D) like x, stored as (B, S, H, D)."""
+    batch, heads, length, dim = x.shape
+    return fill((batch, length, heads, dim), dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
+
+
+def rows_of(x: Tensor) -> Rows:
+    return Rows(x, *x.stride()[:3])
+
+
+def distances_of(bias: Tensor | None) -> Distances | None:
+    return None if bias is None else Distances(bias.contiguous(), bias.shape[1] // 2)
+
+
+def slopes_of(slopes: Tensor | None) -> Slopes | None:
+    return None if slopes is None else Slopes(slopes.contiguous(), 0 if slopes.shape[0] == 1 else slopes.shape[1])
+
+
+def bound(value: int, longest: int) -> int | None:
+    """A bound of the band, None where it bounds nothing."""
+    return value if 0 <= value < longest else None
+
+
+def shape_and_scale(query: Tensor, scale: float, softcap: float, natural: bool) -> dict:
+    """The arguments of kernels that depend on these alone; natural: a bias wants the scores in natural units."""
+    return {
+        "D": query.shape[-1],
+        "BLOCK_D": max(16, triton.next_power_of_2(query.shape[-1])),
+        "scale": scale / (softcap or 1.0),
+        "cap": softcap,
+        "NATURAL": natural or query.element_size() > 2,
+        "SOFTCAP": softcap != 0.0,
+    }
+
+
+# --- for kernels ---
 
 
 @triton.jit
@@ -263,6 +310,47 @@ def tanh(x, TERMS: tl.constexpr):
 
 
 @triton.jit
+def capped(s, scales, BITS: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(scaled scores, softcap's tanh) of products s of operands of BITS; see `scores`."""
+    UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
+    bent = s
+    if SOFTCAP:
+        bent = tanh(s * scales[0], 8 if BITS == 64 else 5 if BITS == 32 else 0)
+        s = bent * (scales[1] if NATURAL else scales[1] * UNIT)
+    else:
+        s *= scales[0] if NATURAL else scales[0] * UNIT
+    return s, bent
+
+
+@triton.jit
+def within(s, distance, left, right):
+    """Scores, -inf where the distance j - i is outside the band."""
+    if left is not None:
+        s = tl.where(distance >= -left, s, -INF)
+    if right is not None:
+        s = tl.where(distance <= right, s, -INF)
+    return s
+
+
+@triton.jit
+def absorb(s, total, peak, NATURAL: tl.constexpr):
+    """Online softmax of more scores of rows [BLOCK_M, BLOCK_N]: (weights, factor of earlier ones, sum, maximum)."""
+    TO_LOG2: tl.constexpr = LOG2E if NATURAL else 1.0
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    base = tl.where(new_peak == -INF, 0.0, new_peak)  # a row that is empty so far
+    p = tl.exp2((s - base[:, None]) * TO_LOG2)
+    shrink = tl.exp2((peak - base) * TO_LOG2)
+    return p, shrink, total * shrink + tl.sum(p, 1), new_peak
+
+
+@triton.jit
+def finished(acc, total, peak, NATURAL: tl.constexpr):
+    """(output [BLOCK_M, BLOCK_D], log-sum-exp [BLOCK_M]); 0 and -inf in a row without keys."""
+    some = tl.where(total == 0.0, 1.0, total)
+    return acc / some[:, None], tl.where(total == 0.0, -INF, peak * (1.0 if NATURAL else 1.0 / LOG2E) + tl.log(some))
+
+
+@triton.jit
 def scores(
     b_q,
     b_k,
@@ -285,18 +373,11 @@ def scores(
     BLOCK_M: tl.constexpr = b_q.shape[0]
     BLOCK_N: tl.constexpr = b_k.shape[0]
     UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
-    BITS: tl.constexpr = b_q.dtype.primitive_bitwidth
     o_m = first_m + tl.arange(0, BLOCK_M)
     o_n = first_n + tl.arange(0, BLOCK_N)
     first_distance = first_n - first_m - head.shift
-    distance = first_distance + (tl.arange(0, BLOCK_N)[None, :] - tl.arange(0, BLOCK_M)[:, None])
-    s = outer(b_q, b_k, SWAP)
-    bent = s
-    if SOFTCAP:
-        bent = tanh(s * scales[0], 8 if BITS == 64 else 5 if BITS == 32 else 0)
-        s = bent * (scales[1] if NATURAL else scales[1] * UNIT)
-    else:
-        s *= scales[0] if NATURAL else scales[0] * UNIT
+    distance = o_n[None, :] - (o_m + head.shift)[:, None]
+    s, bent = capped(outer(b_q, b_k, SWAP), scales, b_q.dtype.primitive_bitwidth, NATURAL, SOFTCAP)
     if features.distances is not None:
         R = features.distances.reach
         p_bias = features.distances.p + head.h * (2 * R + 1) + R
@@ -322,8 +403,5 @@ def scores(
         s = tl.where(b_padding[None, :], -INF, s)
     if BOUNDARY:
         s = tl.where((o_n < head.Sk)[None, :], s, -INF)
-        if features.left is not None:
-            s = tl.where(distance >= -features.left, s, -INF)
-        if features.right is not None:
-            s = tl.where(distance <= features.right, s, -INF)
+        s = within(s, distance, features.left, features.right)
     return s, bent

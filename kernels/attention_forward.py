@@ -4,7 +4,19 @@ import triton
 import triton.language as tl
 
 from pyllm.kernels._common import rounded
-from pyllm.kernels.attention_common import INF, LOG2E, at, dot, head_of, load_rows, place, reach, scores, store_rows
+from pyllm.kernels.attention_common import (
+    INF,
+    absorb,
+    at,
+    dot,
+    finished,
+    head_of,
+    load_rows,
+    place,
+    reach,
+    scores,
+    store_rows,
+)
 from pyllm.kernels.philox import keep_mask
 
 
@@ -32,18 +44,12 @@ def _attend(
     """Takes the keys in [start, end) into acc [BLOCK_M, BLOCK_D] and the rows' sum and maximum [BLOCK_M]."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_D: tl.constexpr = acc.shape[1]
-    TO_LOG2: tl.constexpr = LOG2E if NATURAL else 1.0
     p_k = at(k, head, head.h // GROUP, head.row_k)
     p_v = at(v, head, head.h // GROUP, head.row_k)
     for first_n in range(start, end, BLOCK_N):
         b_k = load_rows(p_k, k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY)
         s = scores(b_q, b_k, first_m, first_n, scales, head, features, NATURAL, SOFTCAP, BOUNDARY)[0]
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        base = tl.where(new_peak == -INF, 0.0, new_peak)  # a row that is empty so far
-        p = tl.exp2((s - base[:, None]) * TO_LOG2)
-        shrink = tl.exp2((peak - base) * TO_LOG2)
-        total = total * shrink + tl.sum(p, 1)
-        peak = new_peak
+        p, shrink, total, peak = absorb(s, total, peak, NATURAL)
         if features.p_rng is not None:
             o_m = first_m + tl.arange(0, BLOCK_M)
             keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
@@ -74,7 +80,6 @@ def attention_fwd_kernel(
     BOTTOM: tl.constexpr,
 ):
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    TO_LOG2: tl.constexpr = LOG2E if NATURAL else 1.0
     if p_lse.dtype.element_ty == tl.float32:
         scale = tl.cast(scale, tl.float32)
         cap = tl.cast(cap, tl.float32)
@@ -114,11 +119,9 @@ def attention_fwd_kernel(
                 part != 1,
             )
 
-    some = tl.where(total == 0.0, 1.0, total)
-    b_out = acc / some[:, None]
+    b_out, b_lse = finished(acc, total, peak, NATURAL)
     if features.p_rng is not None:
         b_out *= head.kept_scale
-    b_lse = tl.where(total == 0.0, -INF, peak * (TO_LOG2 / LOG2E) + tl.log(some))
     o_m = first_m + tl.arange(0, BLOCK_M)
     store_rows(at(out, head, head.h, head.row_q), out.row, b_out, first_m, head.Sq, D)
     tl.store(p_lse + head.line + o_m, b_lse, mask=o_m < head.Sq)
