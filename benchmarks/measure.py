@@ -163,8 +163,7 @@ def measure(case: Case, backend: str | None = None, compiled: bool = True, quick
                 continue
             with torch.set_grad_enabled(case.direction != "forward"):
                 times = timing.paired(calls, case.device, **({"rounds": 3, "slot": 0.002} if quick else {}))
-                peaks = {name: timing.peak_memory(call, case.device) for name, call in calls.items()}
-            memory = {name: peak for name, peak in peaks.items() if peak is not None}
+                memory = {name: timing.peak_memory(call, case.device) for name, call in calls.items()}
             rate, share = _rate(case, times.seconds["pyllm"], quick)
             measured = (times.seconds, times.ratio, times.spread, rate, share)
             yield Result(case, ran, large and not warm, *measured, memory=memory)

@@ -8,6 +8,8 @@ been overwritten; on a CPU the wall clock runs over enough calls to fill `slot` 
 
 import ctypes
 import functools
+import itertools
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import pyllm
 
@@ -100,36 +103,20 @@ def warm_allocator(size: int) -> bool:
     return True
 
 
-def peak_memory(call: Callable[[], object], device: str) -> int | None:
-    """Bytes that a second call holds at most, beyond what was held before it; None where the system does not tell.
-
-    On a GPU, of PyTorch's allocator; on a CPU, of the process as Linux counts its pages, each block in pages of its own.
-    """
-    call()
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """Bytes of tensors that a call allocates at most at a time: results, what autograd keeps, temporaries."""
+    call()  # what is allocated once
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    peak_reset = Path("/proc/self/clear_refs")
-    if not (peak_reset.exists() and warm_allocator(0)):
-        return None
-    libc, mmap_threshold = ctypes.CDLL(None), -3
-    libc.mallopt(mmap_threshold, 2**16)
-    call()
-    libc.malloc_trim(0)
-    peak_reset.write_text("5")
-    before = _status_bytes("VmRSS")
-    call()
-    peak = _status_bytes("VmHWM")
-    warm_allocator(0)
-    return peak - before
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler is silent
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(0, *itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), 0)
 
 
 @functools.cache

@@ -22,7 +22,6 @@ from statistics import mean, median
 from types import ModuleType
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable products on a GPU; read when CUDA starts
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler measures memory at the end, silently
 
 import safetensors
 import safetensors.torch
@@ -35,6 +34,7 @@ from torch import Tensor
 
 import pyllm
 from pyllm.backend import BACKENDS
+from pyllm.benchmarks.timing import peak_memory
 
 TEXT_LIMIT = 8 * 2**20  # bytes
 CHECKPOINT = "checkpoint.safetensors"
@@ -281,24 +281,10 @@ def train(args: argparse.Namespace, runs: dict[str, Run], texts: tuple[Tensor, T
 
 def step_memory(run: Run, inputs: Tensor, targets: Tensor) -> int:
     """Bytes of tensors that forward and backward allocate at most at a time: activations, gradients, temporaries."""
-    if run.args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run.loss(inputs, targets).backward()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            run.loss(inputs, targets).backward()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-    run.optimizer.zero_grad()
-    return peak
+    parameters = [*run.model.parameters()]
+    return peak_memory(lambda: torch.autograd.grad(run.loss(inputs, targets), parameters), run.args.device)
 
 
-@torch.no_grad()
 def sample(model: GPT, prompt: bytes, length: int, context: int, temperature: float, seed: int) -> str:
     """The prompt continued by `length` bytes that the model drew."""
     model.eval()
