@@ -73,7 +73,7 @@ def test_work_is_counted_as_the_tensors_and_products_tell(case):
 
 def test_peak_memory_is_that_of_the_call():
     x = torch.randn(2**12)
-    assert timing.peak_memory(lambda: ((x * 2) + 1) * 3, "cpu") == 2 * x.nbytes
+    assert 0 <= timing.peak_memory(lambda: ((x * 2) + 1) * 3, "cpu") - 2 * x.nbytes < 64  # and the numbers 1, 2, 3
     assert timing.peak_memory(lambda: None, "cpu") == 0
 
 
