@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TARGETS
+from conftest import DEVICES, TARGETS
 from torch import Tensor
 from torch_parity import compare, results
 
@@ -18,6 +18,7 @@ from pyllm.ops import RelativeBias
 from pyllm.ops.relative_bias import bucket
 from pyllm.testing import assert_within_budget
 
+DEFAULT = [pytest.param((None, d), id=f"default-{d}", marks=[pytest.mark.gpu] * (d == "cuda")) for d in DEVICES]
 SERVING = [t for t in TARGETS if t.values[0][0] != "torch"]  # torch's kernel takes neither masks nor biases
 E, H, FF, B, L, S = 24, 4, 40, 3, 9, 7
 SIZES = (E, H, FF)
@@ -44,6 +45,15 @@ PARALLEL = {
     "parallel": {"parallel_residual": True, "norm_first": True},
     "shared norm": {"parallel_residual": True, "shared_norm": True, "norm_first": True, "norm": "rms_norm"},
 }
+
+
+def everywhere(names, *on_every_backend):
+    """(name, target): all the names on the default backend, which layers do not see, and some on every one."""
+    return [
+        pytest.param(name, *target.values, id=f"{name}-{target.id}", marks=target.marks)
+        for name in names
+        for target in (SERVING if name in on_every_backend else DEFAULT)
+    ]
 
 
 class Plain:
@@ -198,8 +208,7 @@ def on(target):
 # --- numbers ---
 
 
-@pytest.mark.parametrize("target", SERVING)
-@pytest.mark.parametrize("name", [*OPTIONS, *PARALLEL])
+@pytest.mark.parametrize("name, target", everywhere([*OPTIONS, *PARALLEL], "rms pre-norm"))
 def test_encoder_layer(name: str, target):
     with on(target):
         ours, theirs = pair(EncoderLayer, **(OPTIONS | PARALLEL)[name])
@@ -207,8 +216,7 @@ def test_encoder_layer(name: str, target):
         compare(Renamed(ours), theirs, torch.randn(B, L, E), mask=torch.randn(B, 1, L, L), padding=padding)
 
 
-@pytest.mark.parametrize("target", SERVING)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name, target", everywhere(OPTIONS, "t5 causal"))
 def test_decoder_layer(name: str, target):
     with on(target):
         ours, theirs = pair(DecoderLayer, **OPTIONS[name])
@@ -300,9 +308,8 @@ def generate(layers, cache, x, steps=(4, 1, 1, 3), memory=None, **masks) -> Tens
     return torch.cat(outs, 1)
 
 
-@pytest.mark.parametrize("target", SERVING)
 @pytest.mark.parametrize("paged", [{}, {"page_size": 16}], ids=["contiguous", "paged"])
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name, target", everywhere(GENERATING, "rotary interleaved"))
 def test_step_by_step_equals_the_whole(name: str, paged: dict, target):
     with on(target), torch.no_grad():
         options = GENERATING[name] | {"causal": True, "dtype": torch.float64}
@@ -314,7 +321,7 @@ def test_step_by_step_equals_the_whole(name: str, paged: dict, target):
             generate(layers, cache, x[:, :1], (1,))
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", DEFAULT)
 @pytest.mark.parametrize("padded", [False, True])
 def test_decoding_computes_the_memory_once(padded: bool, target):
     with on(target), torch.no_grad():
@@ -336,7 +343,7 @@ def test_decoding_computes_the_memory_once(padded: bool, target):
             layers[0](x, cache=cache)
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", DEFAULT)
 @pytest.mark.parametrize("paged", [{}, {"page_size": 16}], ids=["contiguous", "paged"])
 def test_prompts_of_different_lengths(paged: dict, target):
     """Padded at their end, they go on where they end."""
@@ -472,7 +479,16 @@ def test_autocast(kind: type, options: dict):
     assert_within_budget("output", actual["output 0"], truth["output 0"], plain["output 0"].float())
 
 
-@pytest.mark.parametrize("kind, options", KINDS, ids=IDS)
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (EncoderLayer, OPTIONS["rms pre-norm"]),
+        (EncoderLayer, OPTIONS["alibi"] | {"num_kv_heads": 2, "window": (3, 0)}),
+        (EncoderLayer, OPTIONS["rotary"] | PARALLEL["parallel"]),
+        (DecoderLayer, OPTIONS["t5 causal"]),
+    ],
+    ids=["rms", "alibi", "rotary", "t5 decoder"],
+)
 def test_compiles_into_one_graph(kind: type, options: dict):
     torch._dynamo.reset()
     ours, theirs = pair(kind, **options)
