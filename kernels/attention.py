@@ -9,8 +9,8 @@ fp32 with atomics (five matrix products); dq is converted at the end. Where dete
 has a kernel of its own, over tiles of queries (seven products).
 attn_mask's gradient has a kernel of its own too, in which each tile of the gradient adds up, in a fixed order, whatever
 broadcasts to it: no memory beyond the gradient itself, two more products, and as little parallelism as the gradient is
-small. The gradient of the bias by distance comes from the same pass as dk and dv: each tile of keys sums the diagonals
-of its tiles into memory of its own, 8 B H R bytes for each 16 to 64 keys, which is then summed up in a fixed order.
+small. The gradient of the bias by distance comes from the pass of dk and dv: each tile of keys sums up its diagonals in
+memory of its own, two or three numbers for each distance and head, all of which is then summed up in a fixed order.
 Packed sequences: a program finds its sequence in the bounds, so that the host need not know them; there are as many
 programs as the longest sequences possible could need, and those left over return at once.
 
@@ -48,7 +48,7 @@ from pyllm.kernels.attention_common import (
     slopes_of,
 )
 from pyllm.kernels.attention_forward import attention_fwd_kernel
-from pyllm.kernels.attention_tiles import BUSY, DISTANCES, PLAIN, target_of, tiles
+from pyllm.kernels.attention_tiles import target_of, tiles
 from pyllm.reference import AttentionCall, dropout_threshold
 
 
@@ -76,13 +76,10 @@ class _Launcher:
             batch = call.cu_seqlens_q.shape[0] - 1
         self.batch, self.device = batch, query.device
         self.target = target or target_of(query.device)
-        self.load = PLAIN
+        extras = (call.attn_mask, call.key_padding_mask, call.alibi_slopes, call.rng)
+        self.load = "busy" if call.softcap or any(x is not None for x in extras) else "plain"
         if call.distance_bias is not None:
-            self.load = DISTANCES
-        elif call.softcap or any(
-            x is not None for x in (call.attn_mask, call.key_padding_mask, call.alibi_slopes, call.rng)
-        ):
-            self.load = BUSY
+            self.load = "distances"
         self.itemsize = query.element_size()
         added = call.attn_mask is not None and call.attn_mask.dtype != torch.bool
         self.arguments = {

@@ -37,7 +37,7 @@ from pyllm.kernels.attention_common import (
     slopes_of,
     within,
 )
-from pyllm.kernels.attention_tiles import DISTANCES, PLAIN, target_of, tiles
+from pyllm.kernels.attention_tiles import target_of, tiles
 from pyllm.reference import DecodeCall
 
 
@@ -314,7 +314,7 @@ def attention_decode_fwd(*args, target: str | None = None) -> tuple[Tensor, Tens
     if not lse.numel():
         return out, lse
     group = heads // kv_heads
-    load = DISTANCES if biased else PLAIN
+    load = "distances" if biased else "plain"
     sizes = tiles("decode", target or target_of(device), query.element_size(), widths["BLOCK_D"], load)
     sizes["BLOCK_M"] = min(sizes["BLOCK_M"], max(16, triton.next_power_of_2(group * new)))
     programs = batch * kv_heads * triton.cdiv(group * new, sizes["BLOCK_M"])

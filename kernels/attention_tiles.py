@@ -1,16 +1,24 @@
 """Tile sizes of attention's Triton kernels: BLOCK_M x BLOCK_N x num_warps x num_stages, by target and pass.
 
-They are the largest tried that compile without a spill (docs/triton.md); none is timed.
+They are the largest tried that compile without a spill (docs/triton.md); none is timed. Better ones for a machine go
+into attention_tiles.json in the directory `cache`, which is read once: an object from "target pass width load", such as
+"sm_90 fwd 16-bit-128 busy", to "128x64x8x3". Passes are the keys of the tables in TILES.
 """
 
+import json
+import os
+import re
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
-# For each pass: heads of up to 128 B in 16 bits, of 256 B, and fp32, whose exact products have no tensor cores; each
-# plain, busy (with a mask, ALiBi, softcap or dropout) and, where it takes others, with a bias by distance, whose
-# gradient wants BLOCK_M <= BLOCK_N. A target that is not here takes the tiles of sm_120, whose shared memory is the
-# least of NVIDIA's.
+WIDTHS = ("16-bit-64", "16-bit-128", "32-bit-64", "wide")  # heads of up to 128 B, 256 B, of fp32 256 B, and wider
+LOADS = ("plain", "busy", "distances")  # busy: with a mask, ALiBi, softcap or dropout; distances: a bias by distance
+
+# For each pass and width but the last, a tile for each load; a missing one is as the one before. fp32's exact products
+# have no tensor cores. The gradient by distance wants BLOCK_M <= BLOCK_N in "key". A target that is not here takes the
+# tiles of sm_120, whose shared memory is the least of NVIDIA's.
 TILES = {
     "sm_80": {
         "fwd": ("128x128x8x3 128x64x8x3", "128x64x8x3 128x32x8x2", "64x32x8x2 64x32x8x1"),
@@ -19,52 +27,70 @@ TILES = {
         "decode": ("64x128x4x3", "64x64x4x3", "32x32x4x2"),
     },
     "sm_90": {
-        "fwd": ("128x128x8x3 128x64x8x3", "128x128x8x2 128x64x8x3 128x32x8x3", "64x32x8x1 16x32x4x1"),
-        "key": ("64x128x8x2 64x64x8x1 32x32x4x1", "32x128x8x2 32x32x4x1", "32x64x8x1 16x64x8x1"),
+        "fwd": ("128x128x8x3 128x64x8x3", "128x128x8x2 128x64x8x3 128x64x8x2", "64x32x8x1 16x32x4x1"),
+        "key": ("64x128x8x2 64x64x8x1 32x64x8x2", "32x128x8x2 32x32x4x1", "32x64x8x1 16x64x8x1"),
         "query": ("128x64x8x2 128x64x8x2", "64x64x8x1 64x64x8x1", "32x64x8x1 32x32x8x1"),
         "decode": ("64x128x4x3", "64x64x4x3", "32x32x4x2"),
     },
     "sm_100": {
         "fwd": ("128x128x8x3 128x64x8x3", "128x64x8x3 128x64x8x3", "64x32x8x1 64x32x8x1"),
-        "key": ("64x128x8x2 128x64x8x2 64x64x8x1", "32x128x8x2 32x32x4x1", "32x64x8x1 32x64x8x1"),
+        "key": ("64x128x8x2 128x64x8x2 32x64x8x2", "32x128x8x2 32x32x4x1", "32x64x8x1 32x64x8x1"),
         "query": ("64x64x4x1 64x64x4x1", "64x32x4x1 64x32x4x1", "32x64x8x1 32x64x8x1"),
         "decode": ("64x128x4x3", "64x64x4x3", "32x32x4x2"),
     },
     "sm_120": {
         "fwd": ("128x128x8x3 128x32x8x2", "128x64x8x3 128x32x8x2", "64x32x8x1 64x32x8x1"),
         "key": ("32x128x8x2 32x32x4x1", "64x64x8x1 64x32x8x1 32x32x8x1", "32x64x8x1 32x64x8x1"),
-        "query": ("64x32x4x1 64x32x4x1", "64x32x4x1 64x32x4x1", "32x64x8x1 32x64x8x1"),
+        "query": ("64x32x4x1 64x32x8x1", "64x32x4x1 64x32x4x1", "32x64x8x1 32x64x8x1"),
         "decode": ("64x64x4x3", "64x32x4x3", "32x32x4x1"),
     },
     "gfx942": {
-        "fwd": ("128x128x8x2 128x64x4x2", "128x64x8x2 128x64x8x1", "64x64x8x1 64x64x8x1"),
+        "fwd": ("128x128x8x2 128x64x4x2", "128x64x8x2 128x32x4x1", "64x64x8x1 64x64x8x1"),
         "key": ("64x64x4x2 32x64x4x2", "32x64x4x1 64x32x4x1 32x32x4x1", "32x32x8x1 32x32x4x1"),
         "query": ("64x64x4x2 64x64x4x2", "64x64x4x2 64x64x4x2", "32x32x8x1 32x32x4x1"),
         "decode": ("64x64x4x2", "64x32x4x2", "32x32x4x1"),
     },
 }
-WIDE = "16x16x4x1 16x32x4x1"  # heads of more than 256 B; dropout's mask wants 32 keys
-INTERPRETER = "64x128x4x1 64x128x4x1"  # keys and queries differ, and its time goes by calls, not elements
+WIDE = "16x16x4x1 16x32x4x1"  # dropout's mask wants 32 keys
+INTERPRETER = "64x128x4x1"  # keys and queries differ, and its time goes by calls, not elements
 
 
-PLAIN, BUSY, DISTANCES = range(3)
-
-
-def tiles(step: str, target: str, itemsize: int, block_d: int, load: int) -> dict:
-    """Tile sizes and launch options of a pass, a key of TILES' inner tables.
-
-    target: a key of aot.TARGETS, or "cpu". load: PLAIN, BUSY or DISTANCES, what the pass computes besides.
-    """
-    row = block_d * itemsize
-    if target == "cpu":
-        entry = INTERPRETER
-    elif row > 256:
-        entry = WIDE
+def tiles(step: str, target: str, itemsize: int, block_d: int, load: str) -> dict:
+    """Tile sizes and launch options of a pass of TILES. target: a key of aot.TARGETS, or "cpu"; load: one of LOADS."""
+    if block_d * itemsize > 256:
+        width = "wide"
+    elif itemsize > 2:
+        width = "32-bit-64"
     else:
-        entry = TILES.get(target, TILES["sm_120"])[step][2 if itemsize > 2 else int(row > 128)]
-    loads = entry.split()
-    sizes = map(int, loads[min(load, len(loads) - 1)].split("x"))
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
+        width = "16-bit-64" if block_d <= 64 else "16-bit-128"
+    shipped = INTERPRETER
+    if target != "cpu":
+        shipped = (*TILES.get(target, TILES["sm_120"])[step], WIDE)[WIDTHS.index(width)]
+    choices = shipped.split()
+    text = tuned().get(f"{target} {step} {width} {load}") or choices[min(LOADS.index(load), len(choices) - 1)]
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), map(int, text.split("x")), strict=True))
+
+
+def cache() -> Path:
+    """Where a machine's own measurements lie: pyllm in XDG_CACHE_HOME, which is ~/.cache unless it is set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyllm"
+
+
+@lru_cache
+def tuned() -> dict[str, str]:
+    """The tiles of attention_tiles.json; none without that file. Raises ValueError if it holds anything else."""
+    path = cache() / "attention_tiles.json"
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text())
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: must hold an object")
+    names = [r"(sm_\d+|gfx\w+)", *("|".join(x) for x in (TILES["sm_90"], WIDTHS, LOADS))]
+    pattern = " ".join(f"({name})" for name in names) + r": \d+x\d+x\d+x\d+"
+    for key, tile in entries.items():
+        if not re.fullmatch(pattern, f"{key}: {tile}"):
+            raise ValueError(f"{path}: must map a target, pass, width and load to a tile, got {key!r}: {tile!r}")
+    return entries
 
 
 @lru_cache

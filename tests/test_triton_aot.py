@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pyllm import reference
-from pyllm.kernels import aot
+from pyllm.kernels import aot, attention_tiles
 from pyllm.kernels.philox import keep_mask
 
 # One variant of each kernel, compiled as kernels/aot.py does; a process of its own, since kernels are interpreted here.
@@ -87,3 +87,24 @@ def test_keep_mask_is_the_reference(block, p):
     keep_kernel[(1,)](rng, keep, head, row, first_col, threshold, BLOCK_M=block[0], BLOCK_N=block[1])
     expected = reference.dropout_keep(rng, p, head + 1, row + block[0], first_col + block[1])
     assert torch.equal(keep, expected[head, row:, first_col:].to(torch.int8))
+
+
+def test_tiles_that_a_machine_measured_come_first(monkeypatch, tmp_path):
+    def tile(target="sm_90", load="busy"):
+        attention_tiles.tuned.cache_clear()
+        return attention_tiles.tiles("fwd", target, itemsize=2, block_d=128, load=load)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shipped = tile(), tile(load="plain"), tile("sm_86")
+    file = tmp_path / "pyllm" / "attention_tiles.json"
+    file.parent.mkdir()
+    file.write_text('{"sm_90 fwd 16-bit-128 busy": "64x16x2x5", "sm_86 fwd 16-bit-128 busy": "16x32x1x2"}')
+    assert tile() == {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 5} != shipped[0]
+    assert tile(load="plain") == shipped[1]
+    assert tile("sm_86")["BLOCK_M"] == 16 != shipped[2]["BLOCK_M"]
+    for wrong in ("[]", '{"sm_90 fwd busy": "64x16x2x5"}', '{"sm_90 fwd 16-bit-128 busy": "64x16"}'):
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match=r"attention_tiles\.json: must"):
+            tile()
+    monkeypatch.undo()
+    attention_tiles.tuned.cache_clear()
