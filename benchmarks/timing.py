@@ -60,6 +60,11 @@ def paired(calls: dict[str, Callable[[], object]], device: str, rounds: int = 7,
     )
 
 
+def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
+    """Of one call: on a GPU the median of `repeats`, each after the L2 cache was overwritten; on a CPU the mean."""
+    return (_gpu_seconds if device == "cuda" else _cpu_seconds)(call, repeats)
+
+
 def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):

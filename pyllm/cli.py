@@ -1,4 +1,4 @@
-"""The command line: pyllm doctor | bench."""
+"""The command line: pyllm doctor | bench | tune."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,7 +14,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, what can be used, and why anything is missing")
     _add_bench(commands.add_parser("bench", help="measure operators and layers against PyTorch on this machine"))
+    _add_tune(commands.add_parser("tune", help="measure tiles of attention's Triton kernels on this machine's GPU"))
     arguments = parser.parse_args(argv)
+    if arguments.command == "tune":
+        from pyllm.benchmarks import tune
+
+        return tune.main(wide_console(), arguments.step, arguments.width)
     if arguments.command == "doctor":
         from pyllm import doctor
 
@@ -47,6 +52,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Times the tiles that fit this GPU against the shipped ones, on right numbers only, and keeps what is faster "
+        "in attention_tiles.json in pyllm's cache directory (XDG_CACHE_HOME). Delete that file to be as shipped again."
+    )
+    parser.add_argument(
+        "--step", action="append", choices=("fwd", "key", "query", "decode"), help="default: all passes"
+    )
+    widths = ("16-bit-64", "16-bit-128", "32-bit-64", "wide")
+    parser.add_argument("--width", action="append", choices=widths, help="dtype and head_dim; default: all")
 
 
 def _shape(text: str) -> tuple[int, ...]:
