@@ -63,6 +63,17 @@ def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
         lse = torch.randn(call[0].shape[:3], dtype=statistics, device=device)
         dlse, asked = (lse, (True, True)) if call is full else (None, (False, False))
         yield "attention_bwd", (out, dlse, out, lse, *call, *asked)
+    lengths = torch.tensor([3, 0], dtype=torch.int32, device=device)
+    table = torch.tensor([[0, 2], [1, 3]], dtype=torch.int32, device=device)
+    cos, sin = torch.rand(2, 32, 4, dtype=statistics, device=device)
+    for caches, rest in (
+        ((t(2, 2, 16, 16), t(2, 2, 16, 16), lengths, None), (None,) * 6),
+        (
+            (t(4, 2, 16, 16), t(4, 2, 16, 16), lengths, table),
+            (t(2, 2, 1, 16), t(2, 2, 1, 16), cos, sin, by_distance, slopes),
+        ),
+    ):
+        yield "attention_decode_fwd", (t(2, 4, 1, 16), *caches, *rest, 0.25, 5.0, -1, 0, True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -15,7 +15,7 @@ def full_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def lower_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """For operators that torch runs in the autocast dtype: floating tensors but float64 are cast, others untouched."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     castable = (torch.float32, torch.float16, torch.bfloat16)
