@@ -201,8 +201,7 @@ FEATURES = (
     "bool causal",
     "float dropout",
     "t5 causal",
-    "alibi window",
-    "softcap",
+    "alibi window softcap",
     "varlen causal",
 )
 
