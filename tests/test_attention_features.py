@@ -45,7 +45,7 @@ def _cases():
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][0] not in ("torch", "reference")])
-@pytest.mark.parametrize("case, dtype", _cases())
+@pytest.mark.parametrize("case, dtype", list(_cases()))
 def test_pair_within_budget(case: Case, dtype: torch.dtype, target):
     backend, device = target
     check(case.call, case.inputs(dtype, device), backend)

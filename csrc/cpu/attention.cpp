@@ -2,34 +2,17 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
+#include "cpu/attention_binding.h"
 
 namespace pyllm {
 namespace {
 
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
-
-Tensor with_contiguous_rows(const Tensor& t) {
-  return t.stride(3) == 1 || t.size(3) == 1 ? t : torch::stable::contiguous(t);
-}
-
-Heads heads_of(const Tensor& t) { return {array(t), t.stride(0), t.stride(1), t.stride(2)}; }
-
-// (B, H, S, D), uninitialised, stored as (B, S, H, D)
-Tensor new_like(const Tensor& t) {
-  return torch::stable::transpose(new_empty(t, {t.size(0), t.size(2), t.size(1), t.size(3)}), 1, 2);
-}
-
-int64_t padded_width(const Tensor& t) {
-  const int64_t unit = kRowBytes / (t.scalar_type() == ScalarType::Double ? 8 : 4);
-  return (t.size(3) + unit - 1) / unit * unit;
-}
 
 // The tensor itself where kernels can read it, else a copy in the compute type with padded rows.
 Tensor packed(const Tensor& t_in, bool padded) {
@@ -148,19 +131,7 @@ struct Call {
       args.mask = {array(mask), stride(0), stride(1), stride(2), stride(3)};
     }
     if (padding.has_value()) args.padding = static_cast<const bool*>(padding->data_ptr());
-    if (distance_bias.has_value()) {
-      args.distance_bias = array(distance_bias);
-      args.distances = distance_bias->size(1);
-      args.reach = std::min(args.distances / 2, furthest);
-    }
-    if (slopes.has_value()) {
-      args.slopes = array(slopes);
-      args.slopes_sequence = slopes->size(0) == 1 ? 0 : args.heads;
-    }
-    for (const OptionalTensor& bias : {distance_bias, slopes}) {
-      STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == statistics_type(query) && bias->dim() == 2),
-                      "pyllm: attention's biases by distance must have 2 dimensions and the statistics type");
-    }
+    args.biases = distance_biases(query, distance_bias, slopes, furthest);
   }
 
   // Multiplications of one of the products over all pairs
@@ -170,18 +141,6 @@ struct Call {
     return total * args.heads * args.dim;
   }
 };
-
-// Runs the kernel on every task. Their costs differ: whichever thread is free takes the next ones.
-template <class Args>
-void run_tasks(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t tasks, int64_t work) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t workers = std::min({threads, tasks, work / kGrain + 1});
-  const int64_t share = std::max<int64_t>(1, tasks / (64 * threads));
-  std::atomic<int64_t> next{0};
-  parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(share)) < tasks;) kernel(args, begin, std::min(begin + share, tasks));
-  });
-}
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                          const OptionalTensor& mask, const OptionalTensor& padding,
@@ -238,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const Tensor dout = with_contiguous_rows(dout_in), out = with_contiguous_rows(out_in), lse = as_contiguous(lse_in);
   const OptionalTensor dlse = as_contiguous(dlse_in);
   Tensor dquery = new_like(query), dkey = new_like(key), dvalue = new_like(value);
-  const int64_t parts = parts_of(call), keys = args.batches * args.sk, summed = 2 * args.reach + 1;
+  const int64_t parts = parts_of(call), keys = args.batches * args.sk, summed = 2 * args.biases.reach + 1;
   const ScalarType statistics = statistics_type(query);
   Tensor partials = new_empty(query, {args.kv_heads, parts, 2, keys, padded_width(query)}, statistics);
   Tensor bias_partials = new_empty(query, {bias_gradient ? args.heads : 0, args.count * parts, summed}, statistics);
@@ -270,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
                                 .dbias = array(dbias),
                                 .parts = args.count * parts,
                                 .summed = summed,
-                                .distances = args.distances};
+                                .distances = args.biases.distances};
     run_tasks(pick_attention_bias_gradient(), gradient, args.heads, bias_partials.numel());
   }
 

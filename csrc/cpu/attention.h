@@ -44,6 +44,16 @@ struct QueryBlock {
 
 inline int64_t blocks_of(int64_t queries) { return (queries + kQueryBlock - 1) / kQueryBlock; }
 
+// What scores gain by the distance j - i; of the statistics type.
+struct DistanceBiases {
+  Array bias = {};  // (H, distances), the middle one at distance 0; beyond -reach to reach constant, or never needed
+  int64_t distances = 0, reach = 0;
+  Array slopes = {};  // (sequences or 1, H)
+  int64_t slopes_sequence = 0;
+
+  explicit operator bool() const { return bias || slopes; }
+};
+
 // What forward and backward share. key and value are in the compute type; value's rows (in backward, key's too) can be
 // read up to their padded width.
 struct Attention {
@@ -56,10 +66,7 @@ struct Attention {
   Dropout dropout;
   ScoreMask mask = {};
   const bool* padding = nullptr;  // (B, Sk), contiguous
-  Array distance_bias = {};  // (H, distances), statistics type; beyond -reach to reach it is constant or not needed
-  int64_t distances = 0, reach = 0;
-  Array slopes = {};  // (sequences or 1, H), statistics type
-  int64_t slopes_sequence = 0;
+  DistanceBiases biases = {};
 };
 
 struct AttentionForward {

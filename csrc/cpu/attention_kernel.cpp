@@ -223,18 +223,19 @@ void sum_by_distance(const Attention& call, const Block& block, int64_t key, int
       for_lanes<C>(block, [&](int i) { store(to + i, load(to + i) + load(ds + j * kQueryBlock + i)); });
     }
   }
+  const int64_t reach = call.biases.reach;
   C below = 0, above = 0;
   sums.each(block, key, keys, [&](C sum, int64_t distance) {
-    if (distance <= -call.reach) {
+    if (distance <= -reach) {
       below += sum;
-    } else if (distance >= call.reach) {
+    } else if (distance >= reach) {
       above += sum;
     } else {
-      totals[distance + call.reach] += sum;
+      totals[distance + reach] += sum;
     }
   });
   totals[0] += below;
-  totals[2 * call.reach] += above;
+  totals[2 * reach] += above;
 }
 
 template <class T>
@@ -250,13 +251,13 @@ void backward(const AttentionBackward& args, int64_t task) {
   C* dvalue = dkey + keys_of_all * width;
   std::memset(dkey, 0, sequence.sk * width * sizeof(C));
   std::memset(dvalue, 0, sequence.sk * width * sizeof(C));
+  const int64_t distances = 2 * call.biases.reach + 1;
   const auto bias_sums = [&](int64_t head) {
-    return static_cast<C*>(args.bias_partials) +
-           ((head * call.count + sequence.index) * args.parts + part) * (2 * call.reach + 1);
+    return static_cast<C*>(args.bias_partials) + ((head * call.count + sequence.index) * args.parts + part) * distances;
   };
   if (args.bias_partials != nullptr) {
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
-      std::memset(bias_sums(head), 0, (2 * call.reach + 1) * sizeof(C));
+      std::memset(bias_sums(head), 0, distances * sizeof(C));
   }
   C* p = scratch<C, 1>(kKeyBlock * kQueryBlock);
   C* ds = scratch<C, 2>(kKeyBlock * kQueryBlock);

@@ -155,17 +155,34 @@ struct ByDistance {
   }
 };
 
+// The biases of one sequence and head as a function of the distance.
+template <class C>
+class BiasOf {
+ public:
+  BiasOf(const DistanceBiases& biases, int64_t sequence, int64_t head)
+      : bias_(biases.bias ? biases.bias.as<C>() + head * biases.distances + biases.distances / 2 : nullptr),
+        slope_(biases.slopes ? biases.slopes.as<C>()[sequence * biases.slopes_sequence + head] : 0),
+        reach_(biases.reach) {}
+
+  C operator()(int64_t distance) const {
+    const C term = -slope_ * static_cast<C>(distance < 0 ? -distance : distance);
+    if (bias_ == nullptr) return term;
+    return term + bias_[distance < -reach_ ? -reach_ : distance > reach_ ? reach_ : distance];
+  }
+
+ private:
+  const C* bias_;  // of distance 0
+  C slope_;
+  int64_t reach_;
+};
+
 // What a tile's scores gain by distance: the biases, and -inf outside the band.
 template <class C>
 void load_biases(const Attention& call, const Block& block, int64_t key, int keys, ByDistance<C>& to) {
-  const C slope = call.slopes ? call.slopes.as<C>()[block.sequence->index * call.slopes_sequence + block.head] : C{0};
-  const C* bias =  // of distance 0
-      call.distance_bias ? call.distance_bias.as<C>() + block.head * call.distances + call.distances / 2 : nullptr;
+  const BiasOf<C> bias(call.biases, block.sequence->index, block.head);
   to.each(block, key, keys, [&](C& term, int64_t distance) {
     const bool outside = (call.left >= 0 && distance < -call.left) || (call.right >= 0 && distance > call.right);
-    term = outside ? -kInfinity<C> : -slope * static_cast<C>(distance < 0 ? -distance : distance);
-    if (bias != nullptr)
-      term += bias[distance < -call.reach ? -call.reach : distance > call.reach ? call.reach : distance];
+    term = outside ? -kInfinity<C> : bias(distance);
   });
 }
 
@@ -193,7 +210,7 @@ bool make_scores(const Attention& call, const Block& block, int64_t key, int key
     const int64_t high = call.left < 0 ? kQueryBlock : same + call.left;
     return low > 0 || high < block.count - 1;
   };
-  const bool biased = call.distance_bias || call.slopes;
+  const bool biased = static_cast<bool>(call.biases);
   ByDistance<C> biases;
   if (biased || cut(0) || cut(keys - 1)) load_biases(call, block, key, keys, biases);
   const bool* ignored = ignored_keys(call, *block.sequence);

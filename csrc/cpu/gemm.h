@@ -9,6 +9,8 @@ namespace pyllm::PYLLM_ISA {
 
 inline constexpr int kTileRows = 6;
 inline constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
+// With at most this many rows, tiles are twice as wide: B, then all of the cost, is read in longer stretches.
+inline constexpr int kWideRows = 2;
 
 // What becomes of C: set to alpha A B, or beta[row] * C + A B, beta being 1 if it is null.
 template <class C>
@@ -19,8 +21,8 @@ struct Update {
 };
 
 // C (rows, vectors) from A (rows, depth), or its transpose in memory, and B (depth, vectors).
-template <bool transposed, int rows, int vectors, class C>
-void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const C* b, int64_t b_stride, C* c, int64_t c_stride,
+template <bool transposed, int rows, int vectors, class C, class T>
+void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const T* b, int64_t b_stride, C* c, int64_t c_stride,
                    Update<C> update) {
   constexpr int lanes = kLanes<C>;
   Vec<C> total[rows][vectors] = {};
@@ -45,8 +47,8 @@ void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const C* b, int6
 }
 
 // The same with `count` rows, 0 to `rows`.
-template <bool transposed, int vectors, int rows = kTileRows, class C>
-void multiply_rows(int count, int64_t depth, const C* a, int64_t a_stride, const C* b, int64_t b_stride, C* c,
+template <bool transposed, int vectors, int rows = kTileRows, class C, class T>
+void multiply_rows(int count, int64_t depth, const C* a, int64_t a_stride, const T* b, int64_t b_stride, C* c,
                    int64_t c_stride, Update<C> update) {
   if constexpr (rows > 0) {
     if (count == rows) {
@@ -58,21 +60,25 @@ void multiply_rows(int count, int64_t depth, const C* a, int64_t a_stride, const
 }
 
 // C (rows, columns) from A (rows, depth), or its transpose in memory, and B (depth, columns); strides are those of the
-// rows in memory; columns is a multiple of the lanes.
-template <bool transposed, class C>
-void multiply_add(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_stride, const C* b,
+// rows in memory; columns is a multiple of the lanes. B may be in a storage type: it is converted in registers.
+template <bool transposed, class C, class T>
+void multiply_add(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_stride, const T* b,
                   int64_t b_stride, C* c, int64_t c_stride, Update<C> update) {
   constexpr int lanes = kLanes<C>;
   const auto panel = [&]<int vectors>(int64_t column) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int count = rows - row < kTileRows ? static_cast<int>(rows - row) : kTileRows;
-      multiply_rows<transposed, vectors>(
+      multiply_rows<transposed, vectors, vectors <= kTileVectors ? kTileRows : kWideRows>(
           count, depth, a + row * (transposed ? 1 : a_stride), a_stride, b + column, b_stride,
           c + row * c_stride + column, c_stride,
           {update.set, update.beta == nullptr ? nullptr : update.beta + row, update.alpha});
     }
   };
   int64_t column = 0;
+  if (rows <= kWideRows) {
+    for (; column + 2 * kTileVectors * lanes <= columns; column += 2 * kTileVectors * lanes)
+      panel.template operator()<2 * kTileVectors>(column);
+  }
   for (; column + kTileVectors * lanes <= columns; column += kTileVectors * lanes)
     panel.template operator()<kTileVectors>(column);
   if constexpr (kTileVectors > 2) {
@@ -99,6 +105,26 @@ template <int step, class C, int... lane>
 template <class C>
 [[gnu::always_inline]] inline void transpose(Vec<C> (&rows)[kLanes<C>]) {
   exchange<1, C>(rows, std::make_integer_sequence<int, kLanes<C>>());
+}
+
+// --- sums of as many vectors as each has lanes ---
+
+template <int step, class C, int... lane>
+[[gnu::always_inline]] inline Vec<C> fold(Vec<C> (&rows)[kLanes<C>], std::integer_sequence<int, lane...> lanes) {
+  constexpr int count = sizeof...(lane);
+  for (int r = 0; r < step; ++r) {
+    const Vec<C> a = rows[r], b = rows[r + step];
+    rows[r] = __builtin_shufflevector(a, b, (lane & step ? count + lane - step : lane)...) +
+              __builtin_shufflevector(a, b, (lane & step ? count + lane : lane + step)...);
+  }
+  if constexpr (step > 1) return fold<step / 2, C>(rows, lanes);
+  return rows[0];
+}
+
+// The sum of the lanes of rows[i] in lane i; the rows are lost.
+template <class C>
+[[gnu::always_inline]] inline Vec<C> sums(Vec<C> (&rows)[kLanes<C>]) {
+  return fold<kLanes<C> / 2, C>(rows, std::make_integer_sequence<int, kLanes<C>>());
 }
 
 }  // namespace pyllm::PYLLM_ISA

@@ -116,23 +116,45 @@ inline Vec<Compute<T>> rounded(Vec<Compute<T>> v) {
   return v;
 }
 
-// The first `count` lanes; the others are 0.
+// The first `count` lanes; the others are 0, and nothing beyond them is read or written.
 template <class T>
 inline Vec<Compute<T>> load(const T* p, int count) {
   constexpr int lanes = kLanes<Compute<T>>;
   if (count == lanes) return load(p);
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) {
+    return widen(bit_cast<Half16>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p)), T{});
+  } else if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  } else {
+    return bit_cast<Vec<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+  }
+#else
   T padded[lanes] = {};
   std::memcpy(padded, p, count * sizeof(T));
   return load(padded);
+#endif
 }
 
 template <class T>
 inline void store(T* p, Vec<Compute<T>> v, int count) {
   constexpr int lanes = kLanes<Compute<T>>;
   if (count == lanes) return store(p, v);
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), bit_cast<__m256i>(narrow(v, T{})));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), bit_cast<__m512>(v));
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), bit_cast<__m512d>(v));
+  }
+#else
   T padded[lanes];
   store(padded, v);
   std::memcpy(p, padded, count * sizeof(T));
+#endif
 }
 
 // v with the lanes from `count` on set to 0.
