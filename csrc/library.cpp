@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 // The fields of pyllm.reference.AttentionCall.
-#define PYLLM_ATTENTION_CALL                                                                                      \
+#define PYLLM_ATTENTION_CALL                                                                                     \
   "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? distance_bias, " \
   "Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng, float scale, float softcap, "  \
   "float dropout_p, SymInt left, SymInt right, bool bottom_right"
@@ -31,9 +31,8 @@ STABLE_TORCH_LIBRARY(pyllm, m) {
   m.def("log_softmax_fwd(Tensor x, Tensor? attn_mask, float scale, bool is_causal) -> Tensor");
   m.def("log_softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
   m.def("attention_fwd(" PYLLM_ATTENTION_CALL ") -> (Tensor, Tensor)");
-  m.def(
-      "attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " PYLLM_ATTENTION_CALL
-      ", bool mask_gradient, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " PYLLM_ATTENTION_CALL
+        ", bool mask_gradient, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "attention_decode_fwd(Tensor query, Tensor(a1!) key_cache, Tensor(a2!) value_cache, Tensor cache_seqlens,"
       " Tensor? block_table, Tensor? key, Tensor? value, Tensor? cos, Tensor? sin, Tensor? distance_bias,"
