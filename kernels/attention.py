@@ -71,9 +71,11 @@ class _Launcher:
         query, key = call.query, call.key
         batch, self.heads, sq, _ = query.shape
         self.kv_heads, sk = key.shape[1:3]
-        self.packed = call.cu_seqlens_q is not None
+        bounds = (call.cu_seqlens_q, call.cu_seqlens_k)
+        self.packed = bounds[0] is not None
         if self.packed:
-            batch = call.cu_seqlens_q.shape[0] - 1
+            bounds = tuple(x.contiguous() for x in bounds)
+            batch = bounds[0].shape[0] - 1
         self.batch, self.device = batch, query.device
         self.target = target or target_of(query.device)
         extras = (call.attn_mask, call.key_padding_mask, call.alibi_slopes, call.rng)
@@ -87,7 +89,7 @@ class _Launcher:
             "k": rows_of(key),
             "v": rows_of(call.value),
             "features": _features(call),
-            "sizes": Sizes(batch, self.heads, sq, sk, call.cu_seqlens_q, call.cu_seqlens_k),
+            "sizes": Sizes(batch, self.heads, sq, sk, *bounds),
             "GROUP": self.heads // self.kv_heads,
             "BOTTOM": call.bottom_right,
             **shape_and_scale(query, call.scale, call.softcap, added or call.distance_bias is not None),

@@ -5,7 +5,7 @@ share a key head, all in one tile, and a share of the keys of one sequence, so t
 (flash decoding, Dao et al., 2023); the shares are merged by their log-sum-exp. How the keys are shared depends on the
 cache's capacity and not on the lengths, which stay on the device; a share may be empty.
 
-Bytes: the keys and values of each sequence, once: 2 Hkv D for each key, and for each share 4 B for each element of the
+Bytes: the keys and values of each sequence, once: 2 Hkv D elements a key, and for each share 4 B for each element of the
 output, written and read. FLOPs: 4 H D for each key and query. Bound by memory from one to BLOCK_M / 2 query heads a key
 head.
 """
@@ -280,12 +280,12 @@ def _shares(capacity: int, programs: int, device: torch.device) -> int:
 
 def _bundles(call: DecodeCall) -> dict:
     """What the append and the attention take alike."""
-    table = call.block_table
+    table = None if call.block_table is None else row_major(call.block_table)
     rows, size = (None, 1) if table is None else (table.stride(0), call.key_cache.shape[2])
     return {
         "keys": Cache(call.key_cache, *call.key_cache.stride()),
         "values": Cache(call.value_cache, *call.value_cache.stride()),
-        "pages": Pages(call.cache_seqlens, table, rows, size),
+        "pages": Pages(call.cache_seqlens.contiguous(), table, rows, size),
         "rotary": None if call.cos is None else Rotary(call.cos, call.sin, call.cos.shape[1]),
         "KV_HEADS": call.key_cache.shape[1],
         "Sn": call.query.shape[2],
