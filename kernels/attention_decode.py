@@ -5,9 +5,9 @@ share a key head, all in one tile, and a share of the keys of one sequence, so t
 (flash decoding, Dao et al., 2023); the shares are merged by their log-sum-exp. How the keys are shared depends on the
 cache's capacity and not on the lengths, which stay on the device; a share may be empty.
 
-Bytes: the keys and values of each sequence, once: 2 Hkv D elements a key, and for each share 4 B for each element of the
-output, written and read. FLOPs: 4 H D for each key and query. Bound by memory from one to BLOCK_M / 2 query heads a key
-head.
+Bytes: the keys and values of each sequence, once: 2 Hkv D elements a key, and for each share 4 B for each element of
+the output, written and read. FLOPs: 4 H D for each key and query. Bound by memory from one to BLOCK_M / 2 query heads
+a key head.
 """
 
 from collections.abc import Iterator
