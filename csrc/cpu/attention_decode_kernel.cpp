@@ -10,7 +10,7 @@
 // level, other work on the machine: bytes of K and V per second as a share of what a copy reads and writes there.
 // 12 to 16 heads, head_dim 64:     fp32 0.69-0.74, bf16 0.92-0.97; in random pages of 16 keys 0.72-0.80 and 0.64-0.71
 // head_dim 128:                    fp32 0.89-0.92; bf16 with 4 query heads to a key head 0.52-0.59, with 8 0.34-0.39,
-// where the arithmetic in fp32 is the limit: a core then runs at three quarters of what it reaches in a matrix product.
+// where the arithmetic in fp32 is the limit, by estimate.
 #include "cpu/attention_decode.h"
 
 #include "cpu/attention_tile.h"
