@@ -9,8 +9,8 @@
 
 #include <optional>
 
-#include "cpu/dropout.h"
-#include "cpu/dtype.h"
+#include "dropout.h"
+#include "dtype.h"
 
 namespace pyllm {
 

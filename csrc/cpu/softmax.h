@@ -1,8 +1,8 @@
 // Softmax and log-softmax of scaled, masked rows on the CPU: what the binding hands over.
 #pragma once
 
-#include "cpu/dtype.h"
 #include "cpu/isa.h"
+#include "dtype.h"
 
 namespace pyllm {
 
