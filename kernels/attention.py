@@ -29,12 +29,14 @@ from torch import Tensor
 
 from pyllm.kernels._common import captured, launch
 from pyllm.kernels.attention_backward import (
+    Given,
     attention_bwd_delta_kernel,
     attention_bwd_key_kernel,
     attention_bwd_mask_kernel,
     attention_bwd_query_kernel,
 )
 from pyllm.kernels.attention_common import (
+    Call,
     Features,
     Mask,
     Padding,
@@ -64,6 +66,12 @@ def _features(call: AttentionCall) -> Features:
     return Features(mask, padding, *biases, call.rng, dropout_threshold(call.dropout_p), *band)
 
 
+def _aligned(x: Tensor) -> bool:
+    """Whether a tensor descriptor can serve every head of x (B, H, S, D)."""
+    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
+    return all(place % 16 == 0 for place in places)
+
+
 class _Launcher:
     """One call on its device: what all passes over tiles take alike, and their tiles and grids."""
 
@@ -84,19 +92,19 @@ class _Launcher:
             self.load = "distances"
         self.itemsize = query.element_size()
         added = call.attn_mask is not None and call.attn_mask.dtype != torch.bool
+        self.sizes = Sizes(batch, self.heads, sq, sk, *bounds)
+        operands = (query, key, call.value)
+        self.aligned = all(map(_aligned, operands))
         self.arguments = {
-            "q": rows_of(query),
-            "k": rows_of(key),
-            "v": rows_of(call.value),
-            "features": _features(call),
-            "sizes": Sizes(batch, self.heads, sq, sk, *bounds),
+            "call": Call(*map(rows_of, operands), _features(call), self.sizes),
             "GROUP": self.heads // self.kv_heads,
             "BOTTOM": call.bottom_right,
             **shape_and_scale(query, call.scale, call.softcap, added or call.distance_bias is not None),
         }
 
     def tiles(self, step: str) -> dict:
-        return tiles(step, self.target, self.itemsize, self.arguments["BLOCK_D"], self.load)
+        sizes = tiles(step, self.target, self.itemsize, self.arguments["BLOCK_D"], self.load)
+        return sizes | {"TMA": sizes["TMA"] and self.aligned}
 
     def slots(self, length: int, block: int) -> int:
         """The programs that the tiles of one head need, in all sequences."""
@@ -153,9 +161,11 @@ def attention_bwd(
             dlse=None if dlse is None else rows_of(dlse),
             p_delta=delta,
             BLOCK_M=rows,
-            **{name: one.arguments[name] for name in ("sizes", "D", "BLOCK_D")},
+            sizes=one.sizes,
+            **{name: one.arguments[name] for name in ("D", "BLOCK_D")},
         )
-    one.arguments |= {"dout": rows_of(dout), "p_lse": lse, "p_delta": delta}
+    one.arguments["given"] = Given(rows_of(dout), lse, delta)
+    one.aligned &= _aligned(dout)
 
     sizes = one.tiles("key")
     slots = one.slots(key.shape[2], sizes["BLOCK_N"])
@@ -190,6 +200,7 @@ def attention_bwd(
         programs *= triton.cdiv(dmask.shape[2], sizes["BLOCK_M"]) if has_rows else 1
         programs *= triton.cdiv(dmask.shape[3], sizes["BLOCK_N"]) if has_cols else 1
         own = {"p_dmask": dmask, "mask_shape": tuple(dmask.shape), "ROWS": has_rows, "COLS": has_cols}
+        del sizes["TMA"]
         one.launch(attention_bwd_mask_kernel, programs, **own, **sizes)
     return dquery.to(query.dtype), dkey, dvalue, dmask, dbias
 

@@ -193,7 +193,8 @@ def attention(*args) -> tuple[Tensor, Tensor]:
     if call.cu_seqlens_q is None:
         return _dense_attention(call, 0)
     parts = [_dense_attention(*sequence) for sequence in _sequences(call)]
-    parts = parts or [_dense_attention(call, 0)]  # no sequence: nothing to cut
+    if not parts:  # no sequence, so no row: what the masks say is of no account
+        parts = [_dense_attention(call._replace(attn_mask=None, alibi_slopes=None), 0)]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 

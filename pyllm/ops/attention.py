@@ -433,7 +433,8 @@ def _tiles(backend: str, *args) -> str:
     from pyllm.kernels.attention import forward_tiles
 
     sizes = forward_tiles(*args[:-1])
-    return f"{sizes['BLOCK_M']} x {sizes['BLOCK_N']}, {sizes['num_warps']} warps, {sizes['num_stages']} stages"
+    text = f"{sizes['BLOCK_M']} x {sizes['BLOCK_N']}, {sizes['num_warps']} warps, {sizes['num_stages']} stages"
+    return text + (", TMA" if sizes["TMA"] else "")
 
 
 def _reference(*args):

@@ -49,7 +49,7 @@ def attention_decode(
     if needs_grad(query, key_cache, value_cache, key, value):
         raise RuntimeError(f"{op}: it has no gradient; call it under torch.no_grad()")
     if _checks.can_look(cache_seqlens):
-        _check_lengths(op, query, key_cache, cache_seqlens, key, block_table)
+        _check_lengths(op, query, key_cache, cache_seqlens, key, block_table, rotary)
     cos, sin = _rotary(op, query, rotary, key_cache, block_table)
     biases = score_biases(op, query, query.shape[0], relative_bias, alibi_slopes)
     scale, softcap, _, left, right, _ = options_of(op, query, is_causal, "bottom_right", window, softcap, scale, 0.0)
@@ -88,8 +88,8 @@ def _check(op, query, key_cache, value_cache, cache_seqlens, key, value, block_t
             _checks.shape(op, name, tensor, expected, "(B, Hkv, Sn, D)")
 
 
-def _check_lengths(op, query, key_cache, cache_seqlens, key, block_table) -> None:
-    """What can be seen only in the contents: negative lengths, a full cache, pages outside."""
+def _check_lengths(op, query, key_cache, cache_seqlens, key, block_table, rotary) -> None:
+    """What can be seen only in the contents: negative lengths, a full cache, pages outside, queries before the first."""
     lengths = cache_seqlens.tolist()
     added = 0 if key is None else query.shape[2]
     size = key_cache.shape[2]
@@ -101,6 +101,11 @@ def _check_lengths(op, query, key_cache, cache_seqlens, key, block_table) -> Non
             raise ValueError(
                 f"{op}: the cache is full: sequence {index} has {length} keys, {added} are to be added, "
                 f"and it holds {capacity}"
+            )
+        if rotary is not None and length + added < query.shape[2]:
+            raise ValueError(
+                f"{op}: rotary needs a position for each of the {query.shape[2]} queries: sequence {index} has "
+                f"{length + added} keys"
             )
         if block_table is not None:
             used = block_table[index, : -(-(length + added) // size)]
