@@ -11,13 +11,12 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 BUILD = ROOT / "build" / "cuda_host"
-FLAGS = "-x c++ -std=c++20 -O2 -fPIC -Wall -Wextra -Wno-unknown-pragmas".split()
+FLAGS = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 Edit = tuple[str, str, str]  # (file from the repository's root on, text that it has once, text in its place)
 
