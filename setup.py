@@ -1,7 +1,7 @@
 """Builds the compiled part of pyllm with ninja: the CPU kernels, the CUDA kernels, and the pybind11 module pyllm._C.
 
-libpyllm_cpu.so and libpyllm_cuda.so are on PyTorch's stable ABI: one binary for every PyTorch from 2.11 and every Python.
-Each csrc/cpu/*_kernel.cpp is compiled once for each instruction set; the right one is picked at run time.
+libpyllm_cpu.so and libpyllm_cuda.so are on PyTorch's stable ABI: one binary for every PyTorch from 2.11 and every
+Python. Each csrc/cpu/*_kernel.cpp is compiled once for each instruction set; the right one is picked at run time.
 Without a C++ compiler the package installs without this part, without nvcc of CUDA 13 without the CUDA kernels. Whether
 PyTorch has CUDA, or the machine a GPU, makes no difference to the build.
 
@@ -47,7 +47,7 @@ def compiler() -> str | None:
 
 
 def cuda_compiler() -> Path | None:
-    """nvcc: the path's, else CUDA_HOME's; None where there is none of CUDA 13. Raises if PYLLM_CUDA=1 and it is None."""
+    """nvcc: the path's, else CUDA_HOME's; None where there is none of CUDA 13, which PYLLM_CUDA=1 makes an error."""
     demand = os.environ.get("PYLLM_CUDA", "")
     if demand not in ("", "0", "1"):
         raise SystemExit(f"pyllm: PYLLM_CUDA must be 0 or 1, got {demand}")

@@ -15,6 +15,8 @@ namespace pyllm::cuda {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
+static_assert(kLargestCluster <= kPortableCluster);
+
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(bf16 value) { return __bfloat162float(value); }
 __device__ inline float to_float(f16 value) { return __half2float(value); }
@@ -150,9 +152,7 @@ class Team {
   // This team among those of its block, and their number; one where blocks share a row.
   __device__ int in_block() const { return static_cast<int>(threadIdx.x) / lanes_; }
   __device__ int per_block() const { return static_cast<int>(blockDim.x) / lanes_; }
-  // The block's first row, and what it steps by.
-  __device__ int64_t first_row() const { return int64_t{blockIdx.x} / cluster_ * per_block(); }
-  __device__ int64_t row_step() const { return int64_t{gridDim.x} / cluster_ * per_block(); }
+  __device__ RowSteps rows() const { return row_steps(blockIdx.x, gridDim.x, cluster_, per_block()); }
 
   // Combines each value over the team, in an order that depends on nothing else; every thread gets the results.
   template <class Op, int K>

@@ -8,6 +8,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace pyllm::cuda {
 
 // What is asked of a GPU.
@@ -47,6 +49,15 @@ struct RowPlan {
   int teams_per_block() const { return threads / lanes; }
   int64_t groups() const { return blocks / cluster; }  // of blocks that share rows
 };
+
+// A block's teams take rows first ... first + teams - 1, then those `step` further on.
+struct RowSteps {
+  int64_t first, step;
+};
+
+PYLLM_EVERYWHERE inline RowSteps row_steps(int64_t block, int64_t blocks, int cluster, int teams) {
+  return {block / cluster * teams, blocks / cluster * teams};
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

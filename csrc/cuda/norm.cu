@@ -60,7 +60,7 @@ void backward(const NormGradientCall& call) {
     }
     cuda::norm_backward(args, plan, place.stream());
   }
-  if (call.wants_sums() && args.width > 0) cuda::norm_column_sum(sum, place.stream());
+  if (call.wants_sums()) cuda::norm_column_sum(sum, place.stream());
 }
 
 }  // namespace

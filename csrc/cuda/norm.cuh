@@ -58,8 +58,8 @@ inline constexpr int kNormBackwardThreads = 512;  // it holds five rows in regis
 
 // z of a chunk, rounded as it is stored, so that the forward normalises what the backward will see.
 template <class X, class Z, int E>
-__device__ inline Chunk<Z, E> add_branch(const NormForward& args, const Dropout& dropout, int64_t row, int column,
-                                         const Chunk<X, E>& x, const Chunk<Z, E>& residual) {
+__device__ inline Chunk<Z, E> add_branch(const Dropout& dropout, int64_t row, int column, const Chunk<X, E>& x,
+                                         const Chunk<Z, E>& residual) {
   const uint32_t keep = dropout ? keep_bits<E>(dropout, 0, static_cast<uint32_t>(row), column) : ~0u;
   const float scale = static_cast<float>(dropout.scale);
   Chunk<Z, E> z;
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<Z>)
   Team team(args.lanes);
   const Dropout dropout = seeded(args.dropout, args.rng);
   const int step = team.size() * E;
-  for (int64_t first = team.first_row(); first < args.rows; first += team.row_step()) {
+  const RowSteps rows = team.rows();
+  for (int64_t first = rows.first; first < args.rows; first += rows.step) {
     const int64_t row = first + team.in_block(), begin = row * args.width;
     const int width = row < args.rows ? args.width : 0;  // a team without a row goes through the motions
     const X* x = args.x.as<const X>() + begin;
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<Z>)
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       if constexpr (RESIDUAL) {
-        z[v] = add_branch(args, dropout, row, column + v * step, branch[v], z[v]);
+        z[v] = add_branch(dropout, row, column + v * step, branch[v], z[v]);
         store_chunk<WHOLE>(args.z.as<Z>() + begin, column + v * step, width, z[v]);
       }
 #pragma unroll
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<Z>)
         }
       squares = team.reduce<Sum>(sum);
     }
-    const float rstd = rsqrt_approx(squares / args.width + args.eps);
+    const float rstd = 1 / sqrtf(squares / args.width + args.eps);
     store_statistics(args, team, row, mean, rstd);
 #pragma unroll
     for (int v = 0; v < V; ++v) store_normalised<WHOLE>(args, begin, column + v * step, width, mean, rstd, z[v]);
@@ -162,7 +163,8 @@ __global__ void __launch_bounds__(kRowThreads<Z>) norm_forward_walked(const __gr
   Team team(args.lanes);
   const Dropout dropout = seeded(args.dropout, args.rng);
   const int step = team.size() * E, width = args.width;
-  for (int64_t row = team.first_row(); row < args.rows; row += team.row_step()) {
+  const RowSteps rows = team.rows();
+  for (int64_t row = rows.first; row < args.rows; row += rows.step) {
     const int64_t begin = row * width;
     const Z* stream = (RESIDUAL ? args.residual.as<const Z>() : args.x.as<const Z>()) + begin;
     const int start = team.lane() * E - phase(stream, 0);
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kRowThreads<Z>) norm_forward_walked(const __gr
       const auto z = load_chunk<false, E>(stream, column, width, Z{});
       if constexpr (RESIDUAL) {
         const X* x = args.x.as<const X>() + begin;
-        return add_branch(args, dropout, row, column, load_chunk<false, E>(x, column, width, X{}), z);
+        return add_branch(dropout, row, column, load_chunk<false, E>(x, column, width, X{}), z);
       } else {
         return z;
       }
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(kRowThreads<Z>) norm_forward_walked(const __gr
     }
     const float row_mean = team.reduce<Sum>(mean * count) / width;
     squares = team.reduce<Sum>(squares + count * (mean - row_mean) * (mean - row_mean));
-    const float rstd = rsqrt_approx(squares / width + args.eps);
+    const float rstd = 1 / sqrtf(squares / width + args.eps);
     store_statistics(args, team, row, row_mean, rstd);
     for (int column = start; column < width; column += step)
       store_normalised<false>(args, begin, column, width, row_mean, rstd, load_z(column));
@@ -293,7 +295,7 @@ template <bool WHOLE, int V, int E>
 __device__ inline void store_partials(const NormBackward& args, const Team& team, int column, int step,
                                       const Chunk<float, E> (&dweight)[V], const Chunk<float, E> (&dbias)[V]) {
   const int width = args.width;
-  float* partials = args.partials + team.first_row() / team.per_block() * 2 * width;
+  float* partials = args.partials + team.rows().first / team.per_block() * 2 * width;
   if (team.per_block() == 1) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -331,12 +333,13 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads)
   const Dropout dropout = seeded(args.dropout, args.rng);
   const int step = team.size() * E;
   // Every row of a team begins equally far from alignment: see plan_rows.
-  const int column = team.lane() * E - phase(args.z.as<const Z>(), (team.first_row() + team.in_block()) * args.width);
+  const int column = team.lane() * E - phase(args.z.as<const Z>(), (team.rows().first + team.in_block()) * args.width);
   float weight[V][E];
   Chunk<float, E> dweight[V] = {}, dbias[V] = {};
 #pragma unroll
   for (int v = 0; v < V; ++v) load_weight<Z, WHOLE>(args, column + v * step, weight[v]);
-  for (int64_t first = team.first_row(); first < args.rows; first += team.row_step()) {
+  const RowSteps rows = team.rows();
+  for (int64_t first = rows.first; first < args.rows; first += rows.step) {
     const int64_t row = first + team.in_block(), begin = row * args.width;
     const int width = row < args.rows ? args.width : 0;  // a team without a row goes through the motions
     Chunk<Z, E> dy[V], z[V], dz[V];
@@ -368,8 +371,8 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
   Team team(args.lanes);
   const Dropout dropout = seeded(args.dropout, args.rng);
   const int step = team.size() * E, width = args.width;
-  const int start = team.lane() * E - phase(args.z.as<const Z>(), team.first_row() * width);
-  float* partials = args.partials + team.first_row() * 2 * width;
+  const int start = team.lane() * E - phase(args.z.as<const Z>(), team.rows().first * width);
+  float* partials = args.partials + team.rows().first * 2 * width;
   const auto walk = [&](int64_t row, auto&& visit) {
     for (int column = start; column < width; column += step) {
       float weight[E];
@@ -384,7 +387,8 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
       store_chunk<false>(partials + width, column, width, Chunk<float, E>{});
     }
   }
-  for (int64_t row = team.first_row(); row < args.rows; row += team.row_step()) {
+  const RowSteps rows = team.rows();
+  for (int64_t row = rows.first; row < args.rows; row += rows.step) {
     RowStatistics statistics = load_statistics(args, row);
     walk(row, [&](int, const Chunk<Z, E>& dy, const Chunk<Z, E>& z, const float (&weight)[E]) {
       add_means(dy, z, weight, statistics);
@@ -489,6 +493,7 @@ inline void norm_backward(NormBackward args, const RowPlan& plan, Stream stream)
 }
 
 inline void norm_column_sum(const ColumnSum& args, Stream stream) {
+  if (args.width == 0) return;
   const int blocks = 2 * static_cast<int>(ceil_div(args.width, kColumns));
   launch(column_sum,
          Launch{.grid = blocks,

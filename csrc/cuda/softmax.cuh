@@ -38,7 +38,12 @@ struct SoftmaxBackward {
 inline constexpr float kInfinity = __builtin_inff();
 inline constexpr float kLog2E = 1.4426950408889634f;
 
-__device__ inline float exponential(float x) { return exp2_approx(x * kLog2E); }
+// Of a T: 16 bits do not show what the quick way loses.
+template <class T>
+__device__ inline float exponential(float x) {
+  if constexpr (std::is_same_v<T, float>) return expf(x);
+  return exp2_approx(x * kLog2E);
+}
 
 // A maximum to subtract from scores: 0 where there are none.
 __device__ inline float finite_peak(float peak) { return peak == -kInfinity ? 0.0f : peak; }
@@ -106,7 +111,8 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, SINGLE 
   constexpr bool WHOLE = !SINGLE;
   Team team(args.lanes);
   const int step = team.size() * E;
-  for (int64_t first = team.first_row(); first < args.rows; first += team.row_step()) {
+  const RowSteps rows = team.rows();
+  for (int64_t first = rows.first; first < args.rows; first += rows.step) {
     const int64_t row = first + team.in_block(), begin = row * args.width;
     const int width = row < args.rows ? args.width : 0;  // a team without a row goes through the motions
     const RowView view = view_row<MASKED>(args, row);
@@ -130,7 +136,7 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, SINGLE 
     for (int v = 0; v < V; ++v)
 #pragma unroll
       for (int e = 0; e < E; ++e) {
-        const float exponent = exponential(scores[v][e] - peak);
+        const float exponent = exponential<T>(scores[v][e] - peak);
         total += exponent;
         if (!args.log) scores[v][e] = exponent;
       }
@@ -152,7 +158,8 @@ __global__ void __launch_bounds__(kRowThreads<T>) softmax_forward_walked(const _
   constexpr int E = kElements<T>;
   Team team(args.lanes);
   const int step = team.size() * E, width = args.width;
-  for (int64_t row = team.first_row(); row < args.rows; row += team.row_step()) {
+  const RowSteps rows = team.rows();
+  for (int64_t row = rows.first; row < args.rows; row += rows.step) {
     const int64_t begin = row * width;
     const RowView view = view_row<MASKED>(args, row);
     const T* x = args.x.as<const T>() + begin;
@@ -164,20 +171,20 @@ __global__ void __launch_bounds__(kRowThreads<T>) softmax_forward_walked(const _
 #pragma unroll
       for (int e = 0; e < E; ++e) higher = fmaxf(higher, scores[e]);
       const float shift = finite_peak(higher);
-      total *= exponential(peak - shift);
+      total *= exponential<T>(peak - shift);
 #pragma unroll
-      for (int e = 0; e < E; ++e) total += exponential(scores[e] - shift);
+      for (int e = 0; e < E; ++e) total += exponential<T>(scores[e] - shift);
       peak = higher;
     }
     const float row_peak = finite_peak(team.reduce<Max>(peak));
-    total = team.reduce<Sum>(total * exponential(peak - row_peak));
+    total = team.reduce<Sum>(total * exponential<T>(peak - row_peak));
     if (total == 0) total = 1;
     const float norm = args.log ? logf(total) : 1 / total;
     for (int column = start; column < width; column += step) {
       score<T, MASKED>(args, view, column, load_chunk<false, E>(x, column, view.columns, T{}), scores);
 #pragma unroll
       for (int e = 0; e < E; ++e)
-        scores[e] = args.log ? scores[e] - row_peak - norm : exponential(scores[e] - row_peak) * norm;
+        scores[e] = args.log ? scores[e] - row_peak - norm : exponential<T>(scores[e] - row_peak) * norm;
       store_floats<T, false>(args.y, begin, column, width, scores);
     }
   }
@@ -204,7 +211,7 @@ __device__ inline void store_gradient(const SoftmaxBackward& args, int64_t begin
 #pragma unroll
   for (int e = 0; e < E; ++e) {
     const float g = to_float(dy.at[e]), p = to_float(y.at[e]);
-    const float of_log = p == -kInfinity ? 0.0f : g - exponential(p) * total;
+    const float of_log = p == -kInfinity ? 0.0f : g - exponential<T>(p) * total;
     gradient[e] = args.scale * (args.log ? of_log : p * (g - total));
   }
   store_floats<T, WHOLE>(args.dx, begin, column, width, gradient);
@@ -217,7 +224,8 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, SINGLE 
   constexpr bool WHOLE = !SINGLE;
   Team team(args.lanes);
   const int step = team.size() * E;
-  for (int64_t first = team.first_row(); first < args.rows; first += team.row_step()) {
+  const RowSteps rows = team.rows();
+  for (int64_t first = rows.first; first < args.rows; first += rows.step) {
     const int64_t row = first + team.in_block(), begin = row * args.width;
     const int width = row < args.rows ? args.width : 0;  // a team without a row goes through the motions
     const int column = team.lane() * E - phase(args.y.as<const T>(), begin);
@@ -243,7 +251,8 @@ __global__ void __launch_bounds__(kRowThreads<T>)
   constexpr int E = kElements<T>;
   Team team(args.lanes);
   const int step = team.size() * E, width = args.width;
-  for (int64_t row = team.first_row(); row < args.rows; row += team.row_step()) {
+  const RowSteps rows = team.rows();
+  for (int64_t row = rows.first; row < args.rows; row += rows.step) {
     const int64_t begin = row * width;
     const int start = team.lane() * E - phase(args.y.as<const T>(), begin);
     const auto walk = [&](auto&& visit) {
