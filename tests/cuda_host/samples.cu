@@ -1,4 +1,7 @@
 // Small kernels, one or more for each thing that the host model stands in for, and their entry points for the tests.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "cuda/ptx.cuh"
 
 namespace pyllm::cuda {
@@ -98,6 +101,13 @@ __global__ void approximations(const float* x, float* out, int count) {
   }
 }
 
+__global__ void round_to_16_bits(const float* x, __nv_bfloat16* bf16, __half* f16, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    store(bf16 + i, __float2bfloat16_rn(load(x + i)));
+    store(f16 + i, __float2half_rn(load(x + i)));
+  }
+}
+
 __global__ void load_after_store(float* x) {
   store(x + threadIdx.x, 1.0f);
   store(x + threadIdx.x, 2 * load<Load::coherent>(x + threadIdx.x));
@@ -143,6 +153,13 @@ const char* run_take_tickets(int* counter, int* order) {
 
 const char* run_approximations(const float* x, float* out, int64_t count) {
   return reporting([&] { launch(approximations, {.grid = 1, .block = 32}, nullptr, x, out, static_cast<int>(count)); });
+}
+
+const char* run_round_to_16_bits(const float* x, void* bf16, void* f16, int64_t count) {
+  return reporting([&] {
+    launch(round_to_16_bits, {.grid = 1, .block = 64}, nullptr, x, static_cast<__nv_bfloat16*>(bf16),
+           static_cast<__half*>(f16), static_cast<int>(count));
+  });
 }
 
 const char* run_load_after_store(float* x) {
