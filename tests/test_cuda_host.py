@@ -259,6 +259,12 @@ FAULTS = {
         "",
         "of another block, which has ended|ends its block while the shared memory of that may be in use",
     ),
+    "an arrival of part of a warp": (
+        cluster_sums,
+        "  cluster_arrive();\n  if (threadIdx.x == 0) kept[0] = mine;",
+        "  if (threadIdx.x == 0) cluster_arrive();\n  sync_warp();\n  if (threadIdx.x != 0) cluster_arrive();",
+        "waits for ever; .* in cluster_arrive .* in sync_warp",
+    ),
     "an arrival too many": (
         cluster_sums,
         "  cluster_arrive();\n  if",

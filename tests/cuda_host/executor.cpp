@@ -402,11 +402,22 @@ std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, co
 
 void sync_lanes(unsigned mask) { join_lanes("sync_warp", mask, &mask, 0, true); }
 
+namespace {
+
+// The cluster's barrier is arrived at, and waited for, by warps as a whole.
+void wait_for_warp(const char* name) {
+  const unsigned lanes = lanes_of_warp(current->index / kWarp);
+  join_lanes(name, ~0u >> (kWarp - lanes), name, 0, false);
+}
+
+}  // namespace
+
 int cluster_rank() { return current->block->rank; }
 int cluster_size() { return static_cast<int>(blocks.size()); }
 
 void arrive_at_cluster() {
   if (current->cluster_phase >= 0) fail("arrives at the cluster's barrier twice without a wait");
+  wait_for_warp("cluster_arrive");
   current->cluster_phase = cluster_barrier.phase;
   cluster_barrier.meeting.join(current->observer);
   if (++cluster_barrier.arrived < static_cast<int>(threads.size())) return;
@@ -418,6 +429,7 @@ void arrive_at_cluster() {
 
 void wait_for_cluster() {
   if (current->cluster_phase < 0) fail("waits for the cluster's barrier without arriving at it");
+  wait_for_warp("cluster_wait");
   if (current->cluster_phase == cluster_barrier.phase) {
     cluster_barrier.waiting.push_back(current);
     pause("cluster_wait");

@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 
 #include "cuda/ptx.cuh"
+#include "cuda_host/executor.h"
 
 namespace pyllm::cuda {
 
