@@ -19,18 +19,18 @@ def filled(*shape, dtype=torch.float32):
     return torch.full(shape, torch.nan) if dtype == torch.float32 else torch.full(shape, -1, dtype=dtype)
 
 
-def block_sums(model, seed=0, x=None):
+def block_sums(model, seed=0, x=None, shared_bytes=16):
     x = torch.randn(5, 1536) if x is None else x
     out = filled(5)
-    model.run("run_block_sum", x, out, 5, 1536, seed=seed)
+    model.run("run_block_sum", x, out, 5, 1536, shared_bytes, seed=seed)
     torch.testing.assert_close(out, x.sum(1))
     return out
 
 
-def reversals(model, seed=0):
+def reversals(model, seed=0, first_barrier=1, threads=64):
     x = torch.randint(1000, (4, 64), dtype=torch.int32)
     out = filled(4, 64, dtype=torch.int32)
-    model.run("run_reverse_warps", x, out, seed=seed)
+    model.run("run_reverse_warps", x, out, first_barrier, threads, seed=seed)
     assert torch.equal(out, x.flip(1))
     return out
 
@@ -46,7 +46,7 @@ def broadcasts(model, seed=0):
 def half_warps(model, seed=0):
     x = torch.randint(-10, 10, (2, 16), dtype=torch.int32)
     out = filled(2, 16, 6, dtype=torch.int32)
-    model.run("run_half_warps", x, out, seed=seed)
+    model.run("run_half_warps", x, out, 32, seed=seed)
     lanes = ((x.flatten() > 0) * 2 ** torch.arange(32)).view(2, 16).sum(1)  # int64
     assert torch.equal(out[..., 0].long() & 0xFFFFFFFF, lanes[:, None].expand(2, 16))
     for column, expected in enumerate((x.amax(1) > 7, x.amin(1) > -9, x.sum(1), x.amax(1), x[:, 3]), 1):
@@ -165,6 +165,32 @@ def test_pointers_that_bypass_the_checks_fault(samples, index):
     assert x[31] == 1
 
 
+@pytest.mark.parametrize(
+    "first_barrier, threads, what",
+    [
+        (13, 64, "there are barriers 1 to 15"),
+        (0, 64, "there are barriers 1 to 15"),
+        (1, 63, "is for whole warps"),
+        (1, 288, "is for whole warps"),
+        (1, 96, "waits for ever; threads of the cluster: 256 in sync_named"),
+    ],
+)
+def test_named_barriers_that_fit_no_group(samples, first_barrier, threads, what):
+    with pytest.raises(HostModelError, match=what):
+        reversals(samples, first_barrier=first_barrier, threads=threads)
+
+
+def test_a_mask_with_lanes_that_the_block_has_not(samples):
+    x, out = torch.zeros(40, dtype=torch.int32), filled(40, 6, dtype=torch.int32)
+    with pytest.raises(HostModelError, match="vote_ballot: the mask has lanes that the block has not"):
+        samples.run("run_half_warps", x, out, 40)
+
+
+def test_shared_memory_beyond_the_launch(samples):
+    with pytest.raises(HostModelError, match="beyond the 12 bytes"):
+        block_sums(samples, shared_bytes=12)
+
+
 # Sample, what it loses, what it gets instead, and what is to be reported.
 FAULTS = {
     "no barrier": (block_sums, "  sync_block();\n", "", "shared memory that (is written, without|nobody has written)"),
@@ -173,12 +199,6 @@ FAULTS = {
         "  sync_block();",
         "  if (warp != 1) sync_block();",
         "waits for ever; threads of the cluster: 32 ended, 96 in sync_block",
-    ),
-    "another barrier for some": (
-        block_sums,
-        "  sync_block();",
-        "  warp == 1 ? sync_named(1, 128) : sync_block();",
-        "waits for ever; threads of the cluster: 96 in sync_block, 32 in sync_named",
     ),
     "a mask without the caller": (
         block_sums,
@@ -196,7 +216,7 @@ FAULTS = {
         half_warps,
         "vote_any(value > 7, mask)",
         "vote_any(value > 7, lane_id() < 8 ? 0xffu : mask)",
-        "waits for ever; .* in vote of lanes 0000ffff",
+        "waits for ever; .* in vote_any of lanes 0000ffff",
     ),
     "a source outside the mask": (half_warps, "first + 3", "19 - first", "shuffle: lane (3|19) is not in the mask"),
     "one element too many in shared memory": (block_sums, "lane < warps", "lane <= warps", "element 4 of 4 in shared"),
@@ -206,34 +226,23 @@ FAULTS = {
         "i <= count; i += blockDim.x * 4",
         "block 4, thread 0: accesses global memory outside all buffers",
     ),
-    "too little shared memory": (block_sums, ".shared_bytes = 16", ".shared_bytes = 12", "beyond the 12 bytes"),
     "a warp that does not write": (
         block_sums,
         "if (lane == 0) sums[warp] = sum;",
         "if (lane == 0 && warp > 0) sums[warp] = sum;",
         "reads shared memory that nobody has written",
     ),
-    "no barrier of a warp": (broadcasts, "(x + turn);\n    sync_warp();", "(x + turn);", "shared memory that"),
     "no barrier of a warp before the next turn": (
         broadcasts,
         "sum += value[0];\n    sync_warp();",
         "sum += value[0];",
-        "without a barrier in between, by thread .* of block 0",
+        "without a barrier in between, by block 0, thread",
     ),
     "a shuffle in place of a barrier": (
         broadcasts,
         "(x + turn);\n    sync_warp();",
         "(x + turn);\n    sum = shuffle(sum, 0);",
         "shared memory that (is written, without|nobody has written)",
-    ),
-    "a named barrier of too many": (reversals, "1 + pair, 64", "1 + pair, 96", "waits for ever; .*256 in sync_named"),
-    "a named barrier of part of a warp": (reversals, "1 + pair, 64", "1 + pair, 63", "is for whole warps"),
-    "a barrier that does not exist": (reversals, "1 + pair, 64", "13 + pair, 64", "there are barriers 1 to 15"),
-    "two numbers of threads": (
-        reversals,
-        "1 + pair, 64",
-        "1 + pair, within < 32 ? 64 : 128",
-        "with another number of threads",
     ),
     "no barrier before the cluster's shared memory is used": (
         cluster_sums,
@@ -277,6 +286,12 @@ FAULTS = {
         "mine;\n  cluster_wait();\n  cluster_wait();",
         "without arriving",
     ),
+    "two numbers of threads": (
+        reversals,
+        "+ pair, threads",
+        "+ pair, within < 32 ? threads : 128",
+        "with another number of threads",
+    ),
     "a rank too many": (cluster_sums, "(rank + size - 1) % size", "rank + 1", "of a block outside the cluster"),
     "a read-only load of what is written": (doubles, "load<Load::coherent>", "load", "loads as read-only"),
 }
@@ -294,8 +309,8 @@ def test_planted_faults_are_found(fault):
 
 def test_a_fault_of_some_orders_is_found_by_a_seed():
     """One named barrier for all pairs of warps serves two warps at a time, which may happen to be a pair."""
-    faulty = build(SOURCE, [("tests/cuda_host/samples.cu", "1 + pair, 64", "1, 64")])
-    with pytest.raises(HostModelError, match="shared memory that (is written, without|nobody has written)"):
+    faulty = build(SOURCE, [("tests/cuda_host/samples.cu", "first_barrier + pair", "first_barrier")])
+    with pytest.raises(HostModelError, match=r"shared memory that (is written, without|nobody has written)"):
         for seed in SEEDS:
             reversals(faulty, seed)
 

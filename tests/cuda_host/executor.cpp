@@ -59,15 +59,17 @@ struct ClusterBarrier {
   std::shared_ptr<const Clock> known;  // of the last phase
 };
 
+using Collectives = std::vector<std::shared_ptr<Collective>>;
+
 struct Block {
   int rank;  // in its cluster
   int64_t index;
   int running;
   SharedMemory shared;
   std::array<Barrier, 16> barriers;
-  std::vector<std::vector<std::shared_ptr<Collective>>> open;  // of each warp
-  Clock remote_uses;                                           // when threads of other blocks last used its memory
-  Clock known_at_end;                                          // by any of its threads
+  std::vector<Collectives> open;  // of each warp
+  Clock remote_uses;              // when threads of other blocks last used its memory
+  Clock known_at_end;             // by any of its threads
 };
 
 struct Buffer {
@@ -135,11 +137,7 @@ void pause(const char* waits_in, unsigned mask = 0) {
 
 void check(const SharedMemory::Fault& fault) {
   if (fault.what == nullptr) return;
-  const Thread& other = threads[fault.other];
-  const bool named = std::string(fault.what).ends_with("by");
-  fail(fault.what + (named
-                         ? " thread " + std::to_string(other.index) + " of block " + std::to_string(other.block->index)
-                         : std::string()));
+  fail(fault.what + (fault.other < 0 ? "" : " " + name_of(threads[fault.other])));
 }
 
 // The block's shared memory, for the running thread; that of another block only while it surely runs.
@@ -205,7 +203,7 @@ void run_cluster(int64_t first_block, const Launch& shape) {
                       .running = shape.block,
                       .shared = SharedMemory(shape.shared_bytes),
                       .barriers = {},
-                      .open = std::vector<std::vector<std::shared_ptr<Collective>>>(warps),
+                      .open = std::vector<Collectives>(warps),
                       .remote_uses = *nothing,
                       .known_at_end = *nothing});
   for (int id = 0; id < count; ++id) {
@@ -364,10 +362,8 @@ void sync_block(int number, int count) {
   pause(number == 0 ? "sync_block" : "sync_named");
 }
 
-namespace {
-
-std::shared_ptr<Collective> join_lanes(const char* name, unsigned mask, const void* value, size_t bytes,
-                                       bool orders_memory) {
+std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, const void* value, size_t bytes,
+                                             bool orders_memory) {
   const int warp = current->index / kWarp, lane = current->index % kWarp;
   const int lanes = lanes_of_warp(warp);
   if ((mask >> lane & 1) == 0) fail(std::string(name) + ": the mask is without the lane that calls");
@@ -394,20 +390,12 @@ std::shared_ptr<Collective> join_lanes(const char* name, unsigned mask, const vo
   return collective;
 }
 
-}  // namespace
-
-std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, const void* value, size_t bytes) {
-  return join_lanes(name, mask, value, bytes, false);
-}
-
-void sync_lanes(unsigned mask) { join_lanes("sync_warp", mask, &mask, 0, true); }
-
 namespace {
 
 // The cluster's barrier is arrived at, and waited for, by warps as a whole.
 void wait_for_warp(const char* name) {
   const unsigned lanes = lanes_of_warp(current->index / kWarp);
-  join_lanes(name, ~0u >> (kWarp - lanes), name, 0, false);
+  meet_lanes(name, ~0u >> (kWarp - lanes), name, 0, false);
 }
 
 }  // namespace

@@ -32,11 +32,11 @@ __global__ void block_sum(const float* x, float* out, int count) {
 }
 
 // out = x reversed within the block, through shared memory that warps exchange by a barrier of their own.
-__global__ void reverse_warps(const int* x, int* out) {
+__global__ void reverse_warps(const int* x, int* out, int first_barrier, int threads) {
   const int pair = threadIdx.x / 64, within = threadIdx.x % 64;
   Shared<int> values = shared_memory<int>(pair * 64 * static_cast<int>(sizeof(int)), 64);
   values[within] = load(x + threadIdx.x);
-  sync_named(1 + pair, 64);
+  sync_named(first_barrier + pair, threads);
   store(out + threadIdx.x, static_cast<int>(values[63 - within]));
 }
 
@@ -122,14 +122,18 @@ using cuda_host::reporting;
 
 extern "C" {
 
-const char* run_block_sum(const float* x, float* out, int64_t blocks, int64_t count) {
+const char* run_block_sum(const float* x, float* out, int64_t blocks, int64_t count, int64_t shared_bytes) {
   return reporting([&] {
-    launch(block_sum, {.grid = blocks, .block = 128, .shared_bytes = 16}, nullptr, x, out, static_cast<int>(count));
+    launch(block_sum, {.grid = blocks, .block = 128, .shared_bytes = static_cast<int>(shared_bytes)}, nullptr, x, out,
+           static_cast<int>(count));
   });
 }
 
-const char* run_reverse_warps(const int* x, int* out) {
-  return reporting([&] { launch(reverse_warps, {.grid = 1, .block = 256, .shared_bytes = 1024}, nullptr, x, out); });
+const char* run_reverse_warps(const int* x, int* out, int64_t first_barrier, int64_t threads) {
+  return reporting([&] {
+    launch(reverse_warps, {.grid = 1, .block = 256, .shared_bytes = 1024}, nullptr, x, out,
+           static_cast<int>(first_barrier), static_cast<int>(threads));
+  });
 }
 
 const char* run_broadcast_within_warp(const int* x, int* out) {
@@ -137,8 +141,8 @@ const char* run_broadcast_within_warp(const int* x, int* out) {
       [&] { launch(broadcast_within_warp, {.grid = 1, .block = 32, .shared_bytes = 4}, nullptr, x, out); });
 }
 
-const char* run_half_warps(const int* x, int* out) {
-  return reporting([&] { launch(half_warps, {.grid = 1, .block = 32}, nullptr, x, out); });
+const char* run_half_warps(const int* x, int* out, int64_t block) {
+  return reporting([&] { launch(half_warps, {.grid = 1, .block = static_cast<int>(block)}, nullptr, x, out); });
 }
 
 const char* run_cluster_sum(const float* x, float* out, int64_t grid, int64_t cluster) {
