@@ -84,6 +84,8 @@ class Model:
         begin, size = argument.data_ptr(), _span(argument)
         if (begin, size) not in copies:
             copy = self._library.cuda_host_allocate(ctypes.c_size_t(size), ctypes.c_size_t(begin % 16))
+            if copy is None:
+                raise MemoryError(f"no {size} bytes for a copy")
             ctypes.memmove(copy, begin, size)
             copies[begin, size] = copy
         return ctypes.c_void_p(copies[begin, size])

@@ -47,8 +47,8 @@ struct Thread {
 
 struct Barrier {
   int expected = 0;
+  std::map<int, std::vector<Thread*>> parts;  // of warps, which arrive as a whole
   std::vector<Thread*> arrived;
-  Meeting meeting;
 };
 
 struct ClusterBarrier {
@@ -59,15 +59,17 @@ struct ClusterBarrier {
   std::shared_ptr<const Clock> known;  // of the last phase
 };
 
+using Collectives = std::vector<std::shared_ptr<Collective>>;
+
 struct Block {
   int rank;  // in its cluster
   int64_t index;
   int running;
   SharedMemory shared;
   std::array<Barrier, 16> barriers;
-  std::vector<std::vector<std::shared_ptr<Collective>>> open;  // of each warp
-  Clock remote_uses;                                           // when threads of other blocks last used its memory
-  Clock known_at_end;                                          // by any of its threads
+  std::vector<Collectives> open;  // of each warp
+  Clock remote_uses;              // when threads of other blocks last used its memory
+  Clock known_at_end;             // by any of its threads
 };
 
 struct Buffer {
@@ -116,6 +118,17 @@ std::string name_of(const Thread& thread) {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::runtime_error(kernel_name + ": " + what); }
 
+int lanes_of_warp(int warp) { return std::min(kWarp, static_cast<int>(blockDim.x) - warp * kWarp); }
+
+// Lets threads that have all arrived go on, knowing what each has done.
+void meet(const std::vector<Thread*>& arrived) {
+  Meeting meeting;
+  for (Thread* thread : arrived) meeting.join(thread->observer);
+  const auto known = meeting.end();
+  for (Thread* thread : arrived) thread->observer.others = known;
+  ready.insert(ready.end(), arrived.begin(), arrived.end());
+}
+
 void pause(const char* waits_in, unsigned mask = 0) {
   current->waits_in = waits_in;
   current->mask = mask;
@@ -124,11 +137,7 @@ void pause(const char* waits_in, unsigned mask = 0) {
 
 void check(const SharedMemory::Fault& fault) {
   if (fault.what == nullptr) return;
-  const Thread& other = threads[fault.other];
-  const bool named = std::string(fault.what).ends_with("by");
-  fail(fault.what + (named
-                         ? " thread " + std::to_string(other.index) + " of block " + std::to_string(other.block->index)
-                         : std::string()));
+  fail(fault.what + (fault.other < 0 ? "" : " " + name_of(threads[fault.other])));
 }
 
 // The block's shared memory, for the running thread; that of another block only while it surely runs.
@@ -194,7 +203,7 @@ void run_cluster(int64_t first_block, const Launch& shape) {
                       .running = shape.block,
                       .shared = SharedMemory(shape.shared_bytes),
                       .barriers = {},
-                      .open = std::vector<std::vector<std::shared_ptr<Collective>>>(warps),
+                      .open = std::vector<Collectives>(warps),
                       .remote_uses = *nothing,
                       .known_at_end = *nothing});
   for (int id = 0; id < count; ++id) {
@@ -337,33 +346,26 @@ void write_shared(int rank, size_t offset, const void* value, size_t bytes) {
 
 void sync_block(int number, int count) {
   Barrier& barrier = current->block->barriers[number];
-  const int block = static_cast<int>(blockDim.x);
+  const int block = static_cast<int>(blockDim.x), warp = current->index / kWarp;
   if (count < 1 || count > block || (count != block && count % kWarp != 0))
     fail("a barrier is for whole warps of the block");
-  if (!barrier.arrived.empty() && barrier.expected != count)
+  if ((!barrier.parts.empty() || !barrier.arrived.empty()) && barrier.expected != count)
     fail("arrives at a barrier with another number of threads than those before it");
   barrier.expected = count;
-  barrier.arrived.push_back(current);
-  barrier.meeting.join(current->observer);
-  if (static_cast<int>(barrier.arrived.size()) == count) {
-    std::map<int, int> lanes;
-    for (const Thread* thread : barrier.arrived) ++lanes[thread->index / kWarp];
-    for (const auto& [warp, arrived] : lanes)
-      if (arrived != std::min(kWarp, block - warp * kWarp)) fail("a barrier is complete with a part of a warp");
-    const auto known = barrier.meeting.end();
-    for (Thread* thread : std::exchange(barrier.arrived, {})) {
-      thread->observer.others = known;
-      ready.push_back(thread);
-    }
+  std::vector<Thread*>& part = barrier.parts[warp];
+  part.push_back(current);
+  if (static_cast<int>(part.size()) == lanes_of_warp(warp)) {
+    barrier.arrived.insert(barrier.arrived.end(), part.begin(), part.end());
+    barrier.parts.erase(warp);
   }
+  if (static_cast<int>(barrier.arrived.size()) == count) meet(std::exchange(barrier.arrived, {}));
   pause(number == 0 ? "sync_block" : "sync_named");
 }
 
-namespace {
-
-std::shared_ptr<Collective> join_lanes(const char* name, unsigned mask, const void* value, size_t bytes) {
+std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, const void* value, size_t bytes,
+                                             bool orders_memory) {
   const int warp = current->index / kWarp, lane = current->index % kWarp;
-  const int lanes = std::min(kWarp, static_cast<int>(blockDim.x) - warp * kWarp);
+  const int lanes = lanes_of_warp(warp);
   if ((mask >> lane & 1) == 0) fail(std::string(name) + ": the mask is without the lane that calls");
   if (lanes < kWarp && mask >> lanes != 0) fail(std::string(name) + ": the mask has lanes that the block has not");
   auto& open = current->block->open[warp];
@@ -379,37 +381,31 @@ std::shared_ptr<Collective> join_lanes(const char* name, unsigned mask, const vo
   collective->arrived |= 1u << lane;
   if (collective->arrived == mask) {
     open.erase(found);
-    Thread* first = current - lane;
-    Meeting meeting;
-    const bool orders_memory = bytes == 0;
+    std::vector<Thread*> arrived;
     for (int i = 0; i < lanes; ++i)
-      if ((mask >> i & 1) != 0) {
-        if (orders_memory) meeting.join(first[i].observer);
-        ready.push_back(first + i);
-      }
-    if (orders_memory) {
-      const auto known = meeting.end();
-      for (int i = 0; i < lanes; ++i)
-        if ((mask >> i & 1) != 0) first[i].observer.others = known;
-    }
+      if ((mask >> i & 1) != 0) arrived.push_back(current - lane + i);
+    orders_memory ? meet(arrived) : void(ready.insert(ready.end(), arrived.begin(), arrived.end()));
   }
   pause(name, mask);
   return collective;
 }
 
-}  // namespace
+namespace {
 
-std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, const void* value, size_t bytes) {
-  return join_lanes(name, mask, value, bytes);
+// The cluster's barrier is arrived at, and waited for, by warps as a whole.
+void wait_for_warp(const char* name) {
+  const unsigned lanes = lanes_of_warp(current->index / kWarp);
+  meet_lanes(name, ~0u >> (kWarp - lanes), name, 0, false);
 }
 
-void sync_lanes(unsigned mask) { join_lanes("sync_warp", mask, nullptr, 0); }
+}  // namespace
 
 int cluster_rank() { return current->block->rank; }
 int cluster_size() { return static_cast<int>(blocks.size()); }
 
 void arrive_at_cluster() {
   if (current->cluster_phase >= 0) fail("arrives at the cluster's barrier twice without a wait");
+  wait_for_warp("cluster_arrive");
   current->cluster_phase = cluster_barrier.phase;
   cluster_barrier.meeting.join(current->observer);
   if (++cluster_barrier.arrived < static_cast<int>(threads.size())) return;
@@ -421,6 +417,7 @@ void arrive_at_cluster() {
 
 void wait_for_cluster() {
   if (current->cluster_phase < 0) fail("waits for the cluster's barrier without arriving at it");
+  wait_for_warp("cluster_wait");
   if (current->cluster_phase == cluster_barrier.phase) {
     cluster_barrier.waiting.push_back(current);
     pause("cluster_wait");

@@ -40,8 +40,8 @@ struct Collective {
   alignas(8) unsigned char values[32][8];
 };
 // Returns when all lanes of the mask have called it.
-std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, const void* value, size_t bytes);
-void sync_lanes(unsigned mask);
+std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, const void* value, size_t bytes,
+                                             bool orders_memory);
 
 int cluster_rank();
 int cluster_size();

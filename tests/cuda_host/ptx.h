@@ -125,7 +125,7 @@ T value_of(const host::Collective& collective, int lane) {
 template <class T>
 T shuffled(const char* name, T value, int source, unsigned mask) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
-  const auto collective = host::meet_lanes(name, mask, &value, sizeof(T));
+  const auto collective = host::meet_lanes(name, mask, &value, sizeof(T), false);
   if ((mask >> source & 1) == 0)
     host::fail(std::string(name) + ": lane " + std::to_string(source) + " is not in the mask");
   return value_of<T>(*collective, source);
@@ -135,10 +135,19 @@ T shuffled(const char* name, T value, int source, unsigned mask) {
 template <class T, class Combine>
 T reduced(const char* name, T value, unsigned mask, Combine combine) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
-  const auto collective = host::meet_lanes(name, mask, &value, sizeof(T));
+  const auto collective = host::meet_lanes(name, mask, &value, sizeof(T), false);
   for (int lane = 0; lane < 32; ++lane)
     if (lane != lane_id() && (mask >> lane & 1) != 0) value = combine(value, value_of<T>(*collective, lane));
   return value;
+}
+
+// vote.sync: the lanes with the predicate
+inline unsigned voted(const char* name, bool predicate, unsigned mask) {
+  const auto collective = host::meet_lanes(name, mask, &predicate, sizeof(predicate), false);
+  unsigned lanes = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if ((mask >> lane & 1) != 0 && value_of<bool>(*collective, lane)) lanes |= 1u << lane;
+  return lanes;
 }
 
 }  // namespace detail
@@ -153,17 +162,17 @@ T shuffle_xor(T value, int lane_mask, unsigned mask = kAllLanes) {
   return detail::shuffled("shuffle_xor", value, lane_id() ^ (lane_mask & 31), mask);
 }
 
-// vote.sync
 inline unsigned vote_ballot(bool predicate, unsigned mask = kAllLanes) {
-  const auto collective = host::meet_lanes("vote", mask, &predicate, sizeof(predicate));
-  unsigned lanes = 0;
-  for (int lane = 0; lane < 32; ++lane)
-    if ((mask >> lane & 1) != 0 && detail::value_of<bool>(*collective, lane)) lanes |= 1u << lane;
-  return lanes;
+  return detail::voted("vote_ballot", predicate, mask);
 }
 
-inline bool vote_any(bool predicate, unsigned mask = kAllLanes) { return vote_ballot(predicate, mask) != 0; }
-inline bool vote_all(bool predicate, unsigned mask = kAllLanes) { return vote_ballot(predicate, mask) == mask; }
+inline bool vote_any(bool predicate, unsigned mask = kAllLanes) {
+  return detail::voted("vote_any", predicate, mask) != 0;
+}
+
+inline bool vote_all(bool predicate, unsigned mask = kAllLanes) {
+  return detail::voted("vote_all", predicate, mask) == mask;
+}
 
 template <class T>
 T reduce_add(T value, unsigned mask = kAllLanes) {
@@ -177,7 +186,7 @@ T reduce_max(T value, unsigned mask = kAllLanes) {
 }
 
 // bar.warp.sync: of these, the only one that orders memory.
-inline void sync_warp(unsigned mask = kAllLanes) { host::sync_lanes(mask); }
+inline void sync_warp(unsigned mask = kAllLanes) { host::meet_lanes("sync_warp", mask, &mask, 0, true); }
 
 // bar.sync, without and with a number of threads
 inline void sync_block() { host::sync_block(0, static_cast<int>(blockDim.x)); }

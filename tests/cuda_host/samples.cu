@@ -1,5 +1,9 @@
 // Small kernels, one or more for each thing that the host model stands in for, and their entry points for the tests.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "cuda/ptx.cuh"
+#include "cuda_host/executor.h"
 
 namespace pyllm::cuda {
 
@@ -28,11 +32,11 @@ __global__ void block_sum(const float* x, float* out, int count) {
 }
 
 // out = x reversed within the block, through shared memory that warps exchange by a barrier of their own.
-__global__ void reverse_warps(const int* x, int* out) {
+__global__ void reverse_warps(const int* x, int* out, int first_barrier, int threads) {
   const int pair = threadIdx.x / 64, within = threadIdx.x % 64;
   Shared<int> values = shared_memory<int>(pair * 64 * static_cast<int>(sizeof(int)), 64);
   values[within] = load(x + threadIdx.x);
-  sync_named(1 + pair, 64);
+  sync_named(first_barrier + pair, threads);
   store(out + threadIdx.x, static_cast<int>(values[63 - within]));
 }
 
@@ -98,6 +102,13 @@ __global__ void approximations(const float* x, float* out, int count) {
   }
 }
 
+__global__ void round_to_16_bits(const float* x, __nv_bfloat16* bf16, __half* f16, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    store(bf16 + i, __float2bfloat16_rn(load(x + i)));
+    store(f16 + i, __float2half_rn(load(x + i)));
+  }
+}
+
 __global__ void load_after_store(float* x) {
   store(x + threadIdx.x, 1.0f);
   store(x + threadIdx.x, 2 * load<Load::coherent>(x + threadIdx.x));
@@ -111,14 +122,18 @@ using cuda_host::reporting;
 
 extern "C" {
 
-const char* run_block_sum(const float* x, float* out, int64_t blocks, int64_t count) {
+const char* run_block_sum(const float* x, float* out, int64_t blocks, int64_t count, int64_t shared_bytes) {
   return reporting([&] {
-    launch(block_sum, {.grid = blocks, .block = 128, .shared_bytes = 16}, nullptr, x, out, static_cast<int>(count));
+    launch(block_sum, {.grid = blocks, .block = 128, .shared_bytes = static_cast<int>(shared_bytes)}, nullptr, x, out,
+           static_cast<int>(count));
   });
 }
 
-const char* run_reverse_warps(const int* x, int* out) {
-  return reporting([&] { launch(reverse_warps, {.grid = 1, .block = 256, .shared_bytes = 1024}, nullptr, x, out); });
+const char* run_reverse_warps(const int* x, int* out, int64_t first_barrier, int64_t threads) {
+  return reporting([&] {
+    launch(reverse_warps, {.grid = 1, .block = 256, .shared_bytes = 1024}, nullptr, x, out,
+           static_cast<int>(first_barrier), static_cast<int>(threads));
+  });
 }
 
 const char* run_broadcast_within_warp(const int* x, int* out) {
@@ -126,8 +141,8 @@ const char* run_broadcast_within_warp(const int* x, int* out) {
       [&] { launch(broadcast_within_warp, {.grid = 1, .block = 32, .shared_bytes = 4}, nullptr, x, out); });
 }
 
-const char* run_half_warps(const int* x, int* out) {
-  return reporting([&] { launch(half_warps, {.grid = 1, .block = 32}, nullptr, x, out); });
+const char* run_half_warps(const int* x, int* out, int64_t block) {
+  return reporting([&] { launch(half_warps, {.grid = 1, .block = static_cast<int>(block)}, nullptr, x, out); });
 }
 
 const char* run_cluster_sum(const float* x, float* out, int64_t grid, int64_t cluster) {
@@ -143,6 +158,13 @@ const char* run_take_tickets(int* counter, int* order) {
 
 const char* run_approximations(const float* x, float* out, int64_t count) {
   return reporting([&] { launch(approximations, {.grid = 1, .block = 32}, nullptr, x, out, static_cast<int>(count)); });
+}
+
+const char* run_round_to_16_bits(const float* x, void* bf16, void* f16, int64_t count) {
+  return reporting([&] {
+    launch(round_to_16_bits, {.grid = 1, .block = 64}, nullptr, x, static_cast<__nv_bfloat16*>(bf16),
+           static_cast<__half*>(f16), static_cast<int>(count));
+  });
 }
 
 const char* run_load_after_store(float* x) {

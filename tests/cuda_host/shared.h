@@ -49,10 +49,10 @@ class Meeting {
 
 class SharedMemory {
  public:
-  // What is wrong with an access, and the other thread's number, where there is one.
+  // What is wrong with an access, and the other thread where there is one.
   struct Fault {
     const char* what = nullptr;
-    uint32_t other = 0;
+    int64_t other = -1;
   };
 
   explicit SharedMemory(size_t bytes) : bytes_(bytes), cells_(bytes) {}
