@@ -38,7 +38,8 @@ __device__ inline T from_float(float value) {
 template <class T>
 inline constexpr int kElements = 16 / sizeof(T);
 
-// Threads of a block that takes one row and holds it: 32 KiB.
+// Threads of a block that takes one row and holds it: 32 KiB. Where __launch_bounds__ does not name the blocks that a
+// processor is to hold, ptxas may spill for more of them.
 template <class T>
 inline constexpr int kRowThreads = 128 * kElements<T>;
 

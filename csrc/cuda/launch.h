@@ -19,10 +19,11 @@ struct Device {
 };
 
 inline constexpr int kWarp = 32;
-inline constexpr int kSmallBlock = 128;    // threads of a block that takes several rows
-inline constexpr int kFewestLanes = 4;     // of a team
-inline constexpr int kLargestCluster = 8;  // that every device with clusters takes
-inline constexpr int kHeld = 16;           // elements of a long row in a thread's registers
+inline constexpr int kSmallBlock = 128;      // threads of a block that takes several rows
+inline constexpr int kWalkingThreads = 512;  // of a block that walks along a row
+inline constexpr int kFewestLanes = 4;       // of a team
+inline constexpr int kLargestCluster = 8;    // that every device with clusters takes
+inline constexpr int kHeld = 16;             // elements of a long row in a thread's registers
 inline constexpr int64_t kMaxWidth = int64_t{1} << 30;
 
 // What a kernel can take.
@@ -83,7 +84,7 @@ inline RowPlan plan_rows(int64_t rows, int64_t width, bool aligned, bool same_ph
     plan.threads = lanes <= kWarp ? kSmallBlock : plan.lanes;
   } else {
     plan.way = RowWay::walked;
-    plan.lanes = plan.threads = std::min(limits.threads, whole_warps(ceil_div(chunks, held)));
+    plan.lanes = plan.threads = std::min(kWalkingThreads, whole_warps(ceil_div(chunks, held)));
   }
   const int64_t resident = std::max(1, device.processors * std::max(1, limits.resident / plan.threads) / plan.cluster);
   int64_t groups = std::min(ceil_div(rows, plan.teams_per_block()), resident);

@@ -100,7 +100,7 @@ __device__ inline void store_statistics(const NormForward& args, const Team& tea
 
 // A row in registers: RowWay::single or held.
 template <class X, class Z, bool RESIDUAL, bool SINGLE>
-__global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<Z>)
+__global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<Z>, 1)
     norm_forward_held(const __grid_constant__ NormForward args) {
   constexpr int E = kElements<Z>, V = SINGLE ? 1 : kHeld / E;
   constexpr bool WHOLE = !SINGLE;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<Z>)
 
 // A block for a row, which is walked twice.
 template <class X, class Z, bool RESIDUAL>
-__global__ void __launch_bounds__(kRowThreads<Z>) norm_forward_walked(const __grid_constant__ NormForward args) {
+__global__ void __launch_bounds__(kWalkingThreads, 1) norm_forward_walked(const __grid_constant__ NormForward args) {
   constexpr int E = kElements<Z>;
   Team team(args.lanes);
   const Dropout dropout = seeded(args.dropout, args.rng);
@@ -230,21 +230,21 @@ __device__ inline void finish_means(const NormBackward& args, Team& team, RowSta
   row.means[1] /= args.width;
 }
 
-template <class Z, bool WHOLE, int E>
-__device__ inline void load_weight(const NormBackward& args, int column, float (&weight)[E]) {
-#pragma unroll
-  for (int e = 0; e < E; ++e) weight[e] = 1.0f;
+// g = weight * dy, of a chunk
+template <bool WHOLE, class Z, int E>
+__device__ inline void weigh(const NormBackward& args, int column, const Chunk<Z, E>& dy, float (&g)[E]) {
+  float weight[E];
   if (args.weight) load_floats<Z, WHOLE>(args.weight, 0, column, args.width, 0.0f, weight);
+#pragma unroll
+  for (int e = 0; e < E; ++e) g[e] = args.weight ? to_float(dy.at[e]) * weight[e] : to_float(dy.at[e]);
 }
 
 template <class Z, int E>
-__device__ inline void add_means(const Chunk<Z, E>& dy, const Chunk<Z, E>& z, const float (&weight)[E],
-                                 RowStatistics& row) {
+__device__ inline void add_means(const float (&g)[E], const Chunk<Z, E>& z, RowStatistics& row) {
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    const float g = to_float(dy.at[e]) * weight[e];
-    row.means[0] += g;
-    row.means[1] += g * (to_float(z.at[e]) - row.mean) * row.rstd;
+    row.means[0] += g[e];
+    row.means[1] += g[e] * (to_float(z.at[e]) - row.mean) * row.rstd;
   }
 }
 
@@ -260,16 +260,15 @@ __device__ inline void add_columns(const Chunk<Z, E>& dy, const Chunk<Z, E>& z, 
 
 template <class X, bool WHOLE, class Z, int E>
 __device__ inline void store_gradient(const NormBackward& args, const Dropout& dropout, int64_t row, int column,
-                                      int width, const Chunk<Z, E>& dy, const Chunk<Z, E>& z, const Chunk<Z, E>& dz,
-                                      const float (&weight)[E], const RowStatistics& statistics) {
+                                      int width, const float (&g)[E], const Chunk<Z, E>& z, const Chunk<Z, E>& dz,
+                                      const RowStatistics& statistics) {
   const int64_t begin = row * args.width;
   float gradient[E];
   Chunk<Z, E> dresidual;
 #pragma unroll
   for (int e = 0; e < E; ++e) {
     const float xhat = (to_float(z.at[e]) - statistics.mean) * statistics.rstd;
-    const float g = to_float(dy.at[e]) * weight[e];
-    gradient[e] = statistics.rstd * (g - statistics.means[0] - xhat * statistics.means[1]) + to_float(dz.at[e]);
+    gradient[e] = statistics.rstd * (g[e] - statistics.means[0] - xhat * statistics.means[1]) + to_float(dz.at[e]);
     dresidual.at[e] = from_float<Z>(gradient[e]);
   }
   store_chunk<WHOLE>(args.dresidual.as<Z>() + begin, column, width, dresidual);
@@ -323,9 +322,9 @@ __device__ inline void store_partials(const NormBackward& args, const Team& team
     store(partials + i, static_cast<float>(sums[i]));
 }
 
-// Rows in registers, RowWay::single or held, and the columns' weights and sums, which stay there from row to row.
+// Rows in registers, RowWay::single or held, and their columns' sums, which stay there from row to row.
 template <class X, class Z, bool SINGLE>
-__global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads)
+__global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads, 1)
     norm_backward_held(const __grid_constant__ NormBackward args) {
   constexpr int E = kElements<Z>, V = SINGLE ? 1 : kHeld / E;
   constexpr bool WHOLE = !SINGLE;
@@ -334,10 +333,7 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads)
   const int step = team.size() * E;
   // Every row of a team begins equally far from alignment: see plan_rows.
   const int column = team.lane() * E - phase(args.z.as<const Z>(), (team.rows().first + team.in_block()) * args.width);
-  float weight[V][E];
   Chunk<float, E> dweight[V] = {}, dbias[V] = {};
-#pragma unroll
-  for (int v = 0; v < V; ++v) load_weight<Z, WHOLE>(args, column + v * step, weight[v]);
   const RowSteps rows = team.rows();
   for (int64_t first = rows.first; first < args.rows; first += rows.step) {
     const int64_t row = first + team.in_block(), begin = row * args.width;
@@ -350,23 +346,24 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads)
       dz[v] = load_dz<WHOLE, E, Z>(args, begin, column + v * step, width);
     }
     RowStatistics statistics = load_statistics(args, row);
+    float g[V][E];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      add_means(dy[v], z[v], weight[v], statistics);
+      weigh<WHOLE>(args, column + v * step, dy[v], g[v]);
+      add_means(g[v], z[v], statistics);
       add_columns(dy[v], z[v], statistics, dweight[v], dbias[v]);
     }
     finish_means(args, team, statistics);
 #pragma unroll
     for (int v = 0; v < V; ++v)
-      store_gradient<X, WHOLE>(args, dropout, row, column + v * step, width, dy[v], z[v], dz[v], weight[v], statistics);
+      store_gradient<X, WHOLE>(args, dropout, row, column + v * step, width, g[v], z[v], dz[v], statistics);
   }
   if (args.partials != nullptr) store_partials<WHOLE>(args, team, column, step, dweight, dbias);
 }
 
 // A block for a row, which is walked twice; the second walk adds to the block's sums in memory.
 template <class X, class Z>
-__global__ void __launch_bounds__(kNormBackwardThreads)
-    norm_backward_walked(const __grid_constant__ NormBackward args) {
+__global__ void __launch_bounds__(kWalkingThreads, 1) norm_backward_walked(const __grid_constant__ NormBackward args) {
   constexpr int E = kElements<Z>;
   Team team(args.lanes);
   const Dropout dropout = seeded(args.dropout, args.rng);
@@ -375,10 +372,11 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
   float* partials = args.partials + team.rows().first * 2 * width;
   const auto walk = [&](int64_t row, auto&& visit) {
     for (int column = start; column < width; column += step) {
-      float weight[E];
-      load_weight<Z, false>(args, column, weight);
-      visit(column, load_chunk<false, E>(args.dy.as<const Z>() + row * width, column, width, Z{}),
-            load_chunk<false, E>(args.z.as<const Z>() + row * width, column, width, Z{}), weight);
+      const auto dy = load_chunk<false, E>(args.dy.as<const Z>() + row * width, column, width, Z{});
+      const auto z = load_chunk<false, E>(args.z.as<const Z>() + row * width, column, width, Z{});
+      float g[E];
+      weigh<false>(args, column, dy, g);
+      visit(column, dy, z, g);
     }
   };
   if (args.partials != nullptr) {
@@ -390,13 +388,11 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
   const RowSteps rows = team.rows();
   for (int64_t row = rows.first; row < args.rows; row += rows.step) {
     RowStatistics statistics = load_statistics(args, row);
-    walk(row, [&](int, const Chunk<Z, E>& dy, const Chunk<Z, E>& z, const float (&weight)[E]) {
-      add_means(dy, z, weight, statistics);
-    });
+    walk(row, [&](int, const Chunk<Z, E>&, const Chunk<Z, E>& z, const float (&g)[E]) { add_means(g, z, statistics); });
     finish_means(args, team, statistics);
-    walk(row, [&](int column, const Chunk<Z, E>& dy, const Chunk<Z, E>& z, const float (&weight)[E]) {
+    walk(row, [&](int column, const Chunk<Z, E>& dy, const Chunk<Z, E>& z, const float (&g)[E]) {
       const Chunk<Z, E> dz = load_dz<false, E, Z>(args, row * width, column, width);
-      store_gradient<X, false>(args, dropout, row, column, width, dy, z, dz, weight, statistics);
+      store_gradient<X, false>(args, dropout, row, column, width, g, z, dz, statistics);
       if (args.partials == nullptr) return;
       auto dweight = load_chunk<false, E, Load::coherent>(partials, column, width, 0.0f);
       auto dbias = load_chunk<false, E, Load::coherent>(partials + width, column, width, 0.0f);

@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, SINGLE 
 
 // A block for a row, which is walked twice.
 template <class T, bool MASKED>
-__global__ void __launch_bounds__(kRowThreads<T>) softmax_forward_walked(const __grid_constant__ SoftmaxForward args) {
+__global__ void __launch_bounds__(kWalkingThreads, 1)
+    softmax_forward_walked(const __grid_constant__ SoftmaxForward args) {
   constexpr int E = kElements<T>;
   Team team(args.lanes);
   const int step = team.size() * E, width = args.width;
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, SINGLE 
 
 // A block for a row, which is walked twice.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads<T>)
+__global__ void __launch_bounds__(kWalkingThreads, 1)
     softmax_backward_walked(const __grid_constant__ SoftmaxBackward args) {
   constexpr int E = kElements<T>;
   Team team(args.lanes);

@@ -79,17 +79,16 @@ const char* softmax_forward(void* x, void* y, int64_t dtype, void* mask, int64_t
                             const int64_t* strides, int64_t rank, int64_t last_stride, int64_t rows, int64_t queries,
                             int64_t width, double scale, int64_t log, int64_t processors, int64_t capability) {
   return cuda_host::reporting([&] {
-    cuda::SoftmaxForward args{.x = array(x, dtype),
-                              .y = array(y, dtype),
-                              .mask = {.data = array(mask, mask_dtype),
-                                       .last_stride = last_stride,
-                                       .rank = static_cast<int>(rank)},
-                              .rows = rows,
-                              .queries = queries,
-                              .width = static_cast<int>(width),
-                              .lanes = 0,
-                              .scale = static_cast<float>(scale),
-                              .log = log != 0};
+    cuda::SoftmaxForward args{
+        .x = array(x, dtype),
+        .y = array(y, dtype),
+        .mask = {.data = array(mask, mask_dtype), .last_stride = last_stride, .rank = static_cast<int>(rank)},
+        .rows = rows,
+        .queries = queries,
+        .width = static_cast<int>(width),
+        .lanes = 0,
+        .scale = static_cast<float>(scale),
+        .log = log != 0};
     std::copy_n(sizes, rank, args.mask.sizes);
     std::copy_n(strides, rank, args.mask.strides);
     cuda::softmax_forward(args, device(processors, capability), nullptr);
