@@ -232,6 +232,18 @@ FAULTS = {
         "if (lane == 0 && warp > 0) sums[warp] = sum;",
         "reads shared memory that nobody has written",
     ),
+    "a warp whose lanes all write": (
+        block_sums,
+        "if (lane == 0) sums[warp] = sum;",
+        "sums[warp] = sum;",
+        "writes shared memory that is written, without a barrier in between, by block ., thread",
+    ),
+    "shared memory off alignment": (
+        cluster_sums,
+        "shared_memory<float>(size * static_cast<int>(sizeof(float))",
+        "shared_memory<float>(size * static_cast<int>(sizeof(float)) - 2",
+        "uses shared memory at a misaligned offset",
+    ),
     "no barrier of a warp before the next turn": (
         broadcasts,
         "sum += value[0];\n    sync_warp();",
