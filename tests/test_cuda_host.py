@@ -1,5 +1,7 @@
 """The host model of CUDA: what it runs, and the faults that it must find."""
 
+import random
+
 import pytest
 import torch
 from cuda_host.build import HERE, HostModelError, build, why_not
@@ -82,6 +84,53 @@ def test_the_order_of_threads_changes_nothing(samples, sample):
 @pytest.mark.parametrize("cluster", [1, 2, 8, 16])
 def test_clusters(samples, cluster):
     cluster_sums(samples, cluster=cluster)
+
+
+SYNC, READ, WRITE = range(3)
+
+
+def script(chance: random.Random, steps: int = 16, lanes: int = 4, elements: int = 2) -> list[tuple[int, int, int]]:
+    """Random steps (what, mask of lanes, element): barriers of some lanes, accesses of one."""
+    written = [(WRITE, 1, element) for element in range(elements)] + [(SYNC, 2**lanes - 1, 0)]
+    what = chance.choices((SYNC, READ, WRITE), (8, 3, 1), k=steps)
+    masks = [chance.randrange(1, 2**lanes) if w == SYNC else 1 << chance.randrange(lanes) for w in what]
+    random_steps = [(w, mask, chance.randrange(elements)) for w, mask in zip(what, masks, strict=True)]
+    return (written if chance.random() < 0.8 else []) + random_steps
+
+
+def is_faulty(steps: list[tuple[int, int, int]]) -> bool:
+    """Whether accesses conflict that no chain of barriers orders, or a read follows no write."""
+    known = {lane: set() for lane in range(32)}  # earlier steps that are known to have happened
+    for i, (what, mask, element) in enumerate(steps):
+        lanes = [lane for lane in range(32) if mask >> lane & 1]
+        if what == SYNC:
+            together = set().union(*(known[lane] for lane in lanes))
+            known.update((lane, set(together)) for lane in lanes)
+            continue
+        before = known[lanes[0]]
+        accesses = [j for j, step in enumerate(steps[:i]) if step[0] != SYNC and step[2] == element]
+        writes = [j for j in accesses if steps[j][0] == WRITE]
+        if not set(accesses if what == WRITE else writes) <= before or (what == READ and not writes):
+            return True
+        before.add(i)
+    return False
+
+
+def test_races_are_what_no_chain_of_barriers_orders(samples):
+    """Random scripts of a few lanes, run in random order, against the definition."""
+    chance = random.Random(0)
+    scripts = [script(chance) for _ in range(4000)]
+    faulty = [is_faulty(steps) for steps in scripts]
+    assert 800 < faulty.count(False) < 3200
+    for steps, expected in zip(scripts, faulty, strict=True):
+        seed = chance.randrange(2**32)
+        try:
+            samples.run("run_follow_script", torch.tensor(steps, dtype=torch.int32), len(steps), 2, seed=seed)
+            found = False
+        except HostModelError as error:
+            assert "shared memory that" in str(error)
+            found = True
+        assert found == expected, f"{steps} with seed {seed}"
 
 
 def tickets(model, seed):
@@ -231,6 +280,18 @@ FAULTS = {
         "if (lane == 0) sums[warp] = sum;",
         "if (lane == 0 && warp > 0) sums[warp] = sum;",
         "reads shared memory that nobody has written",
+    ),
+    "a warp whose lanes all write": (
+        block_sums,
+        "if (lane == 0) sums[warp] = sum;",
+        "sums[warp] = sum;",
+        "writes shared memory that is written, without a barrier in between, by block ., thread",
+    ),
+    "shared memory off alignment": (
+        cluster_sums,
+        "shared_memory<float>(size * static_cast<int>(sizeof(float))",
+        "shared_memory<float>(size * static_cast<int>(sizeof(float)) - 2",
+        "uses shared memory at a misaligned offset",
     ),
     "no barrier of a warp before the next turn": (
         broadcasts,

@@ -73,7 +73,7 @@ __device__ __forceinline__ void store(T* pointer, const std::type_identity_t<T>&
   if constexpr (kind == Store::streaming) {
     __stcs(reinterpret_cast<Word*>(pointer), __builtin_bit_cast(Word, value));
   } else {
-    *reinterpret_cast<Word*>(pointer) = __builtin_bit_cast(Word, value);
+    __stwb(reinterpret_cast<Word*>(pointer), __builtin_bit_cast(Word, value));  // a plain store may be taken apart
   }
 }
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ T atomic_add(T* pointer, std::type_identity_t<T> valu
 
 // --- shared memory ---
 
-// `count` elements of the block's dynamic shared memory.
+// `count` elements of the block's dynamic shared memory. One is read into a T, not into auto: the host checks it there.
 template <class T>
 class Shared {
  public:

@@ -62,10 +62,6 @@ class Shared {
       return value;
     }
     T operator=(Reference&& other) && { return std::move(*this) = static_cast<T>(std::move(other)); }
-    T operator+=(T value) && {
-      const T sum = shared_.load(host::cluster_rank(), index_) + value;
-      return std::move(*this) = sum;
-    }
 
    private:
     friend Shared;

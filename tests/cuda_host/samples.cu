@@ -66,6 +66,21 @@ __global__ void half_warps(const int* x, int* out) {
   store(out + 6 * threadIdx.x + 5, shuffle(value, first + 3, mask));
 }
 
+enum Step { kSync, kRead, kWrite };
+
+// Each lane takes its part in the steps, (what, lanes, element) each, of a script.
+__global__ void follow_script(const int* script, int steps, int elements) {
+  Shared<int> values = shared_memory<int>(0, elements);
+  for (int i = 0; i < steps; ++i) {
+    const int what = load(script + 3 * i), element = load(script + 3 * i + 2);
+    const unsigned lanes = static_cast<unsigned>(load(script + 3 * i + 1));
+    if ((lanes >> lane_id() & 1) == 0) continue;
+    if (what == kSync) sync_warp(lanes);
+    if (what == kRead) static_cast<void>(static_cast<int>(values[element]));
+    if (what == kWrite) values[element] = i;
+  }
+}
+
 // out[rank] of each cluster = sum over its blocks of x; each block writes its x to all, and reads its left neighbour's.
 __global__ void cluster_sum(const float* x, float* out) {
   const int rank = cluster_rank(), size = cluster_size();
@@ -143,6 +158,13 @@ const char* run_broadcast_within_warp(const int* x, int* out) {
 
 const char* run_half_warps(const int* x, int* out, int64_t block) {
   return reporting([&] { launch(half_warps, {.grid = 1, .block = static_cast<int>(block)}, nullptr, x, out); });
+}
+
+const char* run_follow_script(const int* script, int64_t steps, int64_t elements) {
+  return reporting([&] {
+    launch(follow_script, {.grid = 1, .block = 32, .shared_bytes = static_cast<int>(4 * elements)}, nullptr, script,
+           static_cast<int>(steps), static_cast<int>(elements));
+  });
 }
 
 const char* run_cluster_sum(const float* x, float* out, int64_t grid, int64_t cluster) {

@@ -89,7 +89,6 @@ class SharedMemory {
         const Clock& readers = readers_[i];
         for (uint32_t reader = 0; reader < readers.size(); ++reader)
           if (!thread.knows(reader, readers[reader])) return {kReadBefore, reader};
-        readers_.erase(i);
       }
       cell = {.written = thread.now, .writer = thread.id};
     }
