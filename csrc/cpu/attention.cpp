@@ -185,11 +185,11 @@ int64_t parts_of(const Call& call) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& out_in, const Tensor& lse_in,
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-    const OptionalTensor& padding, const OptionalTensor& distance_bias, const OptionalTensor& slopes,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& rng, double scale,
-    double softcap, double dropout_p, int64_t left, int64_t right, bool bottom_right, bool mask_gradient,
-    bool bias_gradient) {
+    bool mask_gradient, bool bias_gradient, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& mask, const OptionalTensor& padding, const OptionalTensor& distance_bias,
+    const OptionalTensor& slopes, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& rng, double scale, double softcap, double dropout_p, int64_t left, int64_t right,
+    bool bottom_right) {
   const Call call({query, key, value, mask, padding, distance_bias, slopes, cu_seqlens_q, cu_seqlens_k, rng, scale,
                    softcap, dropout_p, left, right, bottom_right},
                   true);

@@ -8,6 +8,7 @@ from pyllm import ops
 from pyllm.nn.cache import KVCache
 from pyllm.nn.positions import RelativePositionBias, Rotary, alibi_slopes
 from pyllm.ops import RelativeBias
+from pyllm.reference import statistics_type
 
 POSITIONS = ("none", "alibi", "t5", "rotary")
 
@@ -162,7 +163,7 @@ class SelfAttention(_Attention):
         )
 
     def _tables(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.position.tables(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return self.position.tables(positions, statistics_type(x))
 
     def extra_repr(self) -> str:
         position = ", position=alibi" if self.alibi else ""
