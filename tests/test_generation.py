@@ -7,6 +7,7 @@ import torch
 from block_case import DEFAULT, OPTIONS, PARALLEL, SIZES, B, E, H, L, S, everywhere, on
 from torch import Tensor
 
+import pyllm
 from pyllm.nn import DecoderLayer, EncoderLayer, KVCache
 
 GENERATING = {name: o for name, o in OPTIONS.items() if name not in ("window", "t5", "own head_dim")} | {
@@ -87,6 +88,19 @@ def test_prompts_of_different_lengths(paged: dict, target):
         assert cache.lengths.tolist() == [9, 5, 7]
         for row, n, actual in zip(x, lengths, out, strict=True):
             torch.testing.assert_close(actual, layers[0](row[None, : n + 3])[0, n:])
+
+
+def test_prompts_are_computed_at_once():
+    layer = EncoderLayer(*SIZES, causal=True, position="rotary").eval()
+    cache, x = cache_for([layer], page_size=16), torch.randn(B, L, E)
+
+    def attending(part: Tensor) -> str:
+        (name,) = (call.op for call in pyllm.explain(layer, part, cache=cache) if "attention" in call.op)
+        cache.advance(part.shape[1])
+        return name
+
+    with torch.no_grad():
+        assert [attending(part) for part in x.split((6, 1, 2), 1)] == ["attention", *["attention_decode"] * 2]
 
 
 def test_pages_are_held_freed_and_used_again():
