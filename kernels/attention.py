@@ -51,7 +51,7 @@ from pyllm.kernels.attention_common import (
 )
 from pyllm.kernels.attention_forward import attention_fwd_kernel
 from pyllm.kernels.attention_tiles import target_of, tiles
-from pyllm.reference import AttentionCall, dropout_threshold
+from pyllm.reference import AttentionCall, dropout_threshold, statistics_type
 
 
 def _features(call: AttentionCall) -> Features:
@@ -126,8 +126,7 @@ def attention_fwd(*args, target: str | None = None) -> tuple[Tensor, Tensor]:
     call = call._replace(**{name: row_major(getattr(call, name)) for name in ("query", "key", "value")})
     one = _Launcher(call, target)
     out = merged(call.query)
-    statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    lse = torch.empty(call.query.shape[:3], dtype=statistics, device=one.device)
+    lse = torch.empty(call.query.shape[:3], dtype=statistics_type(call.query), device=one.device)
     sizes = one.tiles("fwd")
     programs = one.heads * one.slots(call.query.shape[2], sizes["BLOCK_M"])
     one.launch(attention_fwd_kernel, programs, out=rows_of(out), p_lse=lse, **sizes)
@@ -135,10 +134,16 @@ def attention_fwd(*args, target: str | None = None) -> tuple[Tensor, Tensor]:
 
 
 def attention_bwd(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args, target: str | None = None
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask_gradient: bool,
+    bias_gradient: bool,
+    *args,
+    target: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dquery, dkey, dvalue, dattn_mask, ddistance_bias), as pyllm.ops.attention says, with two switches at the end."""
-    *args, mask_gradient, bias_gradient = args
+    """(dquery, dkey, dvalue, dattn_mask, ddistance_bias), as pyllm.ops.attention says."""
     call = AttentionCall(*args)
     call = call._replace(**{name: row_major(getattr(call, name)) for name in ("query", "key", "value")})
     dout, out, lse = row_major(dout), row_major(out), lse.contiguous()
@@ -263,7 +268,7 @@ def aot_variants(target: str) -> Iterator[tuple]:
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             with captured() as calls:
-                attention_bwd(out, lse, out, lse, *call, "float" in feature, "t5" in feature, target=target)
+                attention_bwd(out, lse, out, lse, "float" in feature, "t5" in feature, *call, target=target)
             torch.use_deterministic_algorithms(False)
             yield from (
                 (label + " deterministic" * deterministic, *launched)

@@ -14,6 +14,7 @@ from pyllm.kernels.attention_common import (
     head_of,
     load_rows,
     matrix,
+    number,
     outer,
     place,
     reach,
@@ -218,7 +219,7 @@ def attention_bwd_key_kernel(
     gradient by distance. Tiles of queries take the layers in turn, so that none stores where another does.
     """
     ACC: tl.constexpr = given.p_lse.dtype.element_ty
-    scales = (tl.cast(scale, ACC), tl.cast(cap, ACC))
+    scales = (number(scale, ACC), number(cap, ACC))
     features = call.features
     sizes = call.sizes
     b, kv_head, tile, tiles = place(tl.program_id(0), sizes.H // GROUP, sizes.B, sizes.Sk, sizes.p_bounds_k, BLOCK_N)
@@ -299,7 +300,7 @@ def attention_bwd_query_kernel(
 ):
     """dq of a tile of queries, the keys taken in order."""
     ACC: tl.constexpr = given.p_lse.dtype.element_ty
-    scales = (tl.cast(scale, ACC), tl.cast(cap, ACC))
+    scales = (number(scale, ACC), number(cap, ACC))
     features = call.features
     sizes = call.sizes
     b, h, tile, tiles = place(tl.program_id(0), sizes.H, sizes.B, sizes.Sq, sizes.p_bounds_q, BLOCK_M)
@@ -359,7 +360,7 @@ def attention_bwd_mask_kernel(
 ):
     """A tile of attn_mask's gradient, summed over what it broadcasts to; ROWS, COLS: it has queries, keys."""
     ACC: tl.constexpr = given.p_lse.dtype.element_ty
-    scales = (tl.cast(scale, ACC), tl.cast(cap, ACC))
+    scales = (number(scale, ACC), number(cap, ACC))
     features = call.features
     sizes = call.sizes
     rest = tl.program_id(0)

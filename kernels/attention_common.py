@@ -161,6 +161,14 @@ def shape_and_scale(query: Tensor, scale: float, softcap: float, natural: bool) 
 
 
 @triton.jit
+def number(x, ACC: tl.constexpr):
+    """An fp64 argument in the type of the sums; not cast where that is fp64, which the interpreter would round."""
+    if ACC == tl.float32:  # noqa: SIM300
+        x = tl.cast(x, tl.float32)
+    return x
+
+
+@triton.jit
 def dot(a, b, acc=None):
     if INTERPRETED and a.dtype == tl.bfloat16:  # its product of bf16 is wrong
         a = a.to(tl.float32)

@@ -30,6 +30,7 @@ from pyllm.kernels.attention_common import (
     dot,
     finished,
     merged,
+    number,
     outer,
     row_major,
     rows_of,
@@ -38,7 +39,7 @@ from pyllm.kernels.attention_common import (
     within,
 )
 from pyllm.kernels.attention_tiles import target_of, tiles
-from pyllm.reference import DecodeCall
+from pyllm.reference import DecodeCall, statistics_type
 
 
 class Cache(NamedTuple):
@@ -184,7 +185,7 @@ def attention_decode_kernel(
     """
     ACC: tl.constexpr = p_lse.dtype.element_ty
     UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
-    scales = (tl.cast(scale, ACC), tl.cast(cap, ACC))
+    scales = (number(scale, ACC), number(cap, ACC))
     blocks = tl.cdiv(GROUP * Sn, BLOCK_M)
     kv_head = (tl.program_id(0) // blocks % KV_HEADS).to(tl.int64)
     b = (tl.program_id(0) // blocks // KV_HEADS).to(tl.int64)
@@ -307,7 +308,7 @@ def attention_decode_fwd(*args, target: str | None = None) -> tuple[Tensor, Tens
         launch(attention_decode_append_kernel, (programs,), device, k=k, v=v, num_warps=1, **shared, **widths)
 
     out = merged(query)
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    statistics = statistics_type(query)
     lse = torch.empty(query.shape[:3], dtype=statistics, device=device)
     if not lse.numel():
         return out, lse

@@ -13,6 +13,7 @@ from pyllm.kernels.attention_common import (
     head_of,
     load_rows,
     matrix,
+    number,
     place,
     reach,
     scores,
@@ -77,7 +78,7 @@ def attention_fwd_kernel(
     TMA: tl.constexpr,
 ):
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    scales = (tl.cast(scale, ACC), tl.cast(cap, ACC))
+    scales = (number(scale, ACC), number(cap, ACC))
     features = call.features
     sizes = call.sizes
     b, h, tile, tiles = place(tl.program_id(0), sizes.H, sizes.B, sizes.Sq, sizes.p_bounds_q, BLOCK_M)

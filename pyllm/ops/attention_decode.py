@@ -7,8 +7,9 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._registration import kernel, named_kernel, needs_grad
-from pyllm.ops.attention import check_operands, options_of, score_biases
+from pyllm.ops.attention import check_operands, merged_heads, options_of, score_biases
 from pyllm.ops.relative_bias import RelativeBias
+from pyllm.reference import DecodeCall, statistics_type
 
 
 def attention_decode(
@@ -89,7 +90,7 @@ def _check(op, query, key_cache, value_cache, cache_seqlens, key, value, block_t
 
 
 def _check_lengths(op, query, key_cache, cache_seqlens, key, block_table, rotary) -> None:
-    """What can be seen only in the contents: negative lengths, a full cache, pages outside, queries before the first."""
+    """What can be seen only in the contents: lengths, pages and places that there are not."""
     lengths = cache_seqlens.tolist()
     added = 0 if key is None else query.shape[2]
     size = key_cache.shape[2]
@@ -133,32 +134,13 @@ def _rotary(op, query, rotary, key_cache, block_table) -> tuple[Tensor | None, T
             )
     if rotary[0].shape != rotary[1].shape:
         raise ValueError(f"{op}: rotary must have cos and sin of one shape")
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return tuple(tensor.to(statistics).contiguous() for tensor in rotary)
+    return tuple(tensor.to(statistics_type(query)).contiguous() for tensor in rotary)
 
 
 @kernel("attention_decode", mutates=("key_cache", "value_cache"))
-def attention_decode_fwd(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    key: Tensor | None,
-    value: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    distance_bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:  # out, lse
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch, heads, new, dim = query.shape
-    return query.new_empty(batch, new, heads, dim).transpose(1, 2), query.new_empty(query.shape[:3], dtype=statistics)
+def attention_decode_fwd(*args: DecodeCall) -> tuple[Tensor, Tensor]:  # out, lse
+    query = DecodeCall(*args).query
+    return merged_heads(query), query.new_empty(query.shape[:3], dtype=statistics_type(query))
 
 
 def _no_kernel(*_) -> str:
