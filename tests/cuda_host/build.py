@@ -1,5 +1,6 @@
 """Compiles CUDA kernels with a C++ compiler for the host model (see docs/cuda_host.md) and runs them on CPU tensors."""
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -105,17 +106,29 @@ def build(source: Path, edits: Iterable[Edit] = ()) -> Model:
     edits change the sources first, to plant a fault; each must apply exactly once.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
-    overlay = _edited(list(edits))
-    within = source.resolve().relative_to(ROOT)
-    if overlay is not None and (overlay / within).exists():
-        source = overlay / within
-    with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        objects = [_compiled(HERE / "executor.cpp", None), _compiled(source, overlay)]
+    edits = list(edits)
+    with _locked("executor"):
+        executor = _compiled(HERE / "executor.cpp", None)
+    with _locked(f"{source.stem}-{_digest(repr(edits).encode())}"):
+        overlay = _edited(edits)
+        within = source.resolve().relative_to(ROOT)
+        if overlay is not None and (overlay / within).exists():
+            source = overlay / within
+        objects = [executor, _compiled(source, overlay)]
         library = BUILD / f"{source.stem}-{_digest(*(o.read_bytes() for o in objects))}.so"
         if not library.exists():
-            _call([compiler(), "-shared", *map(str, objects), "-o", str(library)])
+            unfinished = library.with_suffix(f".{os.getpid()}")
+            _call([compiler(), "-shared", *map(str, objects), "-o", str(unfinished)])
+            unfinished.rename(library)
     return Model(library)
+
+
+@contextlib.contextmanager
+def _locked(name: str):
+    """Keeps other processes, which build the same, waiting."""
+    with open(BUILD / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _edited(edits: list[Edit]) -> Path | None:
