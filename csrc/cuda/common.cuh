@@ -4,7 +4,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
@@ -65,9 +70,9 @@ __device__ inline bool by_vectors(const void* first, int column, int width) {
   return column >= 0 && column + E <= width && aligned<Access>(first);
 }
 
-// Elements column ... column + E - 1 of a row; `outside` where the row has none.
+// Elements column ... column + E - 1 of a row; 0 where the row has none.
 template <bool WHOLE, int E, Load kind = Load::read_only, class T>
-__device__ inline Chunk<T, E> load_chunk(const T* row, int column, int width, T outside) {
+__device__ inline Chunk<T, E> load_chunk(const T* row, int column, int width) {
   constexpr int kStep = E < kElements<T> ? E : kElements<T>;
   using Access = Chunk<T, kStep>;
   const T* source = row + column;
@@ -81,7 +86,7 @@ __device__ inline Chunk<T, E> load_chunk(const T* row, int column, int width, T 
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < E; ++e) chunk.at[e] = !WHOLE && inside(column + e, width) ? load<kind>(source + e) : outside;
+    for (int e = 0; e < E; ++e) chunk.at[e] = !WHOLE && inside(column + e, width) ? load<kind>(source + e) : T{};
   }
   return chunk;
 }
@@ -106,16 +111,15 @@ __device__ inline void store_chunk(T* row, int column, int width, const Chunk<T,
   }
 }
 
-// A chunk of an array in T or in float, converted; `outside` where the row has none.
+// A chunk of an array in T or in float, converted; 0 where the row has none.
 template <class T, bool WHOLE, int E>
-__device__ inline void load_floats(const Array& array, int64_t row, int column, int width, float outside,
-                                   float (&out)[E]) {
+__device__ inline void load_floats(const Array& array, int64_t row, int column, int width, float (&out)[E]) {
   if (array.dtype == DType::f32) {
-    const auto chunk = load_chunk<WHOLE, E>(array.as<const float>() + row, column, width, outside);
+    const auto chunk = load_chunk<WHOLE, E>(array.as<const float>() + row, column, width);
 #pragma unroll
     for (int e = 0; e < E; ++e) out[e] = chunk.at[e];
   } else if constexpr (!std::is_same_v<T, float>) {
-    const auto chunk = load_chunk<WHOLE, E>(array.as<const T>() + row, column, width, from_float<T>(outside));
+    const auto chunk = load_chunk<WHOLE, E>(array.as<const T>() + row, column, width);
 #pragma unroll
     for (int e = 0; e < E; ++e) out[e] = to_float(chunk.at[e]);
   }
@@ -137,10 +141,10 @@ struct Max {
 class Team {
  public:
   // Bytes of shared memory that reductions of a block of more than one warp need, from its start.
-  static constexpr int kSharedBytes = 2 * 2 * (kWarp + kLargestCluster) * sizeof(float);
+  static constexpr int kSharedBytes = 4 * (kWarp + kLargestCluster) * sizeof(float);
 
   __device__ explicit Team(int lanes)
-      : lanes_(lanes), cluster_(cluster_size()), rank_(cluster_rank()), slots_(shared_memory<float>(0, kSlots * 4)) {
+      : lanes_(lanes), cluster_(cluster_size()), rank_(cluster_rank()), slots_(shared_memory<float>(0, 4 * kSlots)) {
     if (cluster_ > 1) {  // no block writes to another before that has begun
       cluster_arrive();
       cluster_wait();
@@ -172,7 +176,7 @@ class Team {
   }
 
  private:
-  static constexpr int kSlots = kWarp + kLargestCluster;
+  static constexpr int kSlots = kWarp + kLargestCluster;  // of one value, in one of two turns
 
   template <class Op, int K>
   __device__ static void within_warp(float (&values)[K], int lanes) {

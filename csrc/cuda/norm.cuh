@@ -76,12 +76,12 @@ __device__ inline void store_normalised(const NormForward& args, int64_t begin, 
 #pragma unroll
   for (int e = 0; e < E; ++e) values[e] = (to_float(z.at[e]) - mean) * rstd;
   if (args.weight) {
-    load_floats<Z, WHOLE>(args.weight, 0, column, width, 0.0f, parameter);
+    load_floats<Z, WHOLE>(args.weight, 0, column, width, parameter);
 #pragma unroll
     for (int e = 0; e < E; ++e) values[e] *= parameter[e];
   }
   if (args.bias) {
-    load_floats<Z, WHOLE>(args.bias, 0, column, width, 0.0f, parameter);
+    load_floats<Z, WHOLE>(args.bias, 0, column, width, parameter);
 #pragma unroll
     for (int e = 0; e < E; ++e) values[e] += parameter[e];
   }
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<Z>, 1)
     Chunk<X, E> branch[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      z[v] = load_chunk<WHOLE, E>(stream + begin, column + v * step, width, Z{});
-      if constexpr (RESIDUAL) branch[v] = load_chunk<WHOLE, E>(x, column + v * step, width, X{});
+      z[v] = load_chunk<WHOLE, E>(stream + begin, column + v * step, width);
+      if constexpr (RESIDUAL) branch[v] = load_chunk<WHOLE, E>(x, column + v * step, width);
     }
     float sum = 0;
 #pragma unroll
@@ -169,10 +169,10 @@ __global__ void __launch_bounds__(kWalkingThreads, 1) norm_forward_walked(const 
     const Z* stream = (RESIDUAL ? args.residual.as<const Z>() : args.x.as<const Z>()) + begin;
     const int start = team.lane() * E - phase(stream, 0);
     const auto load_z = [&](int column) {
-      const auto z = load_chunk<false, E>(stream, column, width, Z{});
+      const auto z = load_chunk<false, E>(stream, column, width);
       if constexpr (RESIDUAL) {
         const X* x = args.x.as<const X>() + begin;
-        return add_branch(dropout, row, column, load_chunk<false, E>(x, column, width, X{}), z);
+        return add_branch(dropout, row, column, load_chunk<false, E>(x, column, width), z);
       } else {
         return z;
       }
@@ -234,7 +234,7 @@ __device__ inline void finish_means(const NormBackward& args, Team& team, RowSta
 template <bool WHOLE, class Z, int E>
 __device__ inline void weigh(const NormBackward& args, int column, const Chunk<Z, E>& dy, float (&g)[E]) {
   float weight[E];
-  if (args.weight) load_floats<Z, WHOLE>(args.weight, 0, column, args.width, 0.0f, weight);
+  if (args.weight) load_floats<Z, WHOLE>(args.weight, 0, column, args.width, weight);
 #pragma unroll
   for (int e = 0; e < E; ++e) g[e] = args.weight ? to_float(dy.at[e]) * weight[e] : to_float(dy.at[e]);
 }
@@ -285,7 +285,7 @@ __device__ inline void store_gradient(const NormBackward& args, const Dropout& d
 template <bool WHOLE, int E, class Z>
 __device__ inline Chunk<Z, E> load_dz(const NormBackward& args, int64_t begin, int column, int width) {
   Chunk<Z, E> dz{};
-  if (args.dz) dz = load_chunk<WHOLE, E>(args.dz.as<const Z>() + begin, column, width, Z{});
+  if (args.dz) dz = load_chunk<WHOLE, E>(args.dz.as<const Z>() + begin, column, width);
   return dz;
 }
 
@@ -341,8 +341,8 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads, 1
     Chunk<Z, E> dy[V], z[V], dz[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      dy[v] = load_chunk<WHOLE, E>(args.dy.as<const Z>() + begin, column + v * step, width, Z{});
-      z[v] = load_chunk<WHOLE, E>(args.z.as<const Z>() + begin, column + v * step, width, Z{});
+      dy[v] = load_chunk<WHOLE, E>(args.dy.as<const Z>() + begin, column + v * step, width);
+      z[v] = load_chunk<WHOLE, E>(args.z.as<const Z>() + begin, column + v * step, width);
       dz[v] = load_dz<WHOLE, E, Z>(args, begin, column + v * step, width);
     }
     RowStatistics statistics = load_statistics(args, row);
@@ -372,8 +372,8 @@ __global__ void __launch_bounds__(kWalkingThreads, 1) norm_backward_walked(const
   float* partials = args.partials + team.rows().first * 2 * width;
   const auto walk = [&](int64_t row, auto&& visit) {
     for (int column = start; column < width; column += step) {
-      const auto dy = load_chunk<false, E>(args.dy.as<const Z>() + row * width, column, width, Z{});
-      const auto z = load_chunk<false, E>(args.z.as<const Z>() + row * width, column, width, Z{});
+      const auto dy = load_chunk<false, E>(args.dy.as<const Z>() + row * width, column, width);
+      const auto z = load_chunk<false, E>(args.z.as<const Z>() + row * width, column, width);
       float g[E];
       weigh<false>(args, column, dy, g);
       visit(column, dy, z, g);
@@ -394,8 +394,8 @@ __global__ void __launch_bounds__(kWalkingThreads, 1) norm_backward_walked(const
       const Chunk<Z, E> dz = load_dz<false, E, Z>(args, row * width, column, width);
       store_gradient<X, false>(args, dropout, row, column, width, g, z, dz, statistics);
       if (args.partials == nullptr) return;
-      auto dweight = load_chunk<false, E, Load::coherent>(partials, column, width, 0.0f);
-      auto dbias = load_chunk<false, E, Load::coherent>(partials + width, column, width, 0.0f);
+      auto dweight = load_chunk<false, E, Load::coherent>(partials, column, width);
+      auto dbias = load_chunk<false, E, Load::coherent>(partials + width, column, width);
       add_columns(dy, z, statistics, dweight, dbias);
       store_chunk<false>(partials, column, width, dweight);
       store_chunk<false>(partials + width, column, width, dbias);

@@ -48,6 +48,10 @@ __device__ inline float exponential(float x) {
 // A maximum to subtract from scores: 0 where there are none.
 __device__ inline float finite_peak(float peak) { return peak == -kInfinity ? 0.0f : peak; }
 
+// Blocks that a processor is to hold, so that their threads keep to 64 registers.
+template <class T, bool SINGLE>
+inline constexpr int kResident = SINGLE ? 8 : 1024 / kRowThreads<T>;
+
 // --- forward ---
 
 // What a row sees: columns below `columns`, under the mask's row at `mask`.
@@ -74,12 +78,12 @@ __device__ inline void add_mask(const SoftmaxForward& args, const RowView& view,
   // Of a broadcast mask, column 0 is all there is.
   const int first = broadcast ? 0 : column, columns = broadcast ? min(view.columns, 1) : view.columns;
   if (args.mask.data.dtype == DType::boolean) {
-    const auto mask = load_chunk<false, E>(args.mask.data.as<const uint8_t>() + view.mask, first, columns, uint8_t{0});
+    const auto mask = load_chunk<false, E>(args.mask.data.as<const uint8_t>() + view.mask, first, columns);
 #pragma unroll
     for (int e = 0; e < E; ++e) scores[e] = (broadcast ? mask.at[0] : mask.at[e]) != 0 ? scores[e] : -kInfinity;
   } else {
     float mask[E];
-    load_floats<T, false>(args.mask.data, view.mask, first, columns, 0.0f, mask);
+    load_floats<T, false>(args.mask.data, view.mask, first, columns, mask);
 #pragma unroll
     for (int e = 0; e < E; ++e) scores[e] += broadcast ? mask[0] : mask[e];
   }
@@ -105,7 +109,7 @@ __device__ inline void store_floats(const Array& out, int64_t begin, int column,
 
 // A row in registers: RowWay::single or held.
 template <class T, bool MASKED, bool SINGLE>
-__global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, SINGLE ? 8 : 1024 / kRowThreads<T>)
+__global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, kResident<T, SINGLE>)
     softmax_forward_held(const __grid_constant__ SoftmaxForward args) {
   constexpr int E = kElements<T>, V = SINGLE ? 1 : kHeld / E;
   constexpr bool WHOLE = !SINGLE;
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, SINGLE 
     Chunk<T, E> x[V];
 #pragma unroll
     for (int v = 0; v < V; ++v)
-      x[v] = load_chunk<WHOLE, E>(args.x.as<const T>() + begin, column + v * step, view.columns, T{});
+      x[v] = load_chunk<WHOLE, E>(args.x.as<const T>() + begin, column + v * step, view.columns);
     float scores[V][E];
     float peak = -kInfinity;
 #pragma unroll
@@ -167,7 +171,7 @@ __global__ void __launch_bounds__(kWalkingThreads, 1)
     const int start = team.lane() * E - phase(x, 0);
     float peak = -kInfinity, total = 0, scores[E];
     for (int column = start; column < view.columns; column += step) {
-      score<T, MASKED>(args, view, column, load_chunk<false, E>(x, column, view.columns, T{}), scores);
+      score<T, MASKED>(args, view, column, load_chunk<false, E>(x, column, view.columns), scores);
       float higher = peak;
 #pragma unroll
       for (int e = 0; e < E; ++e) higher = fmaxf(higher, scores[e]);
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(kWalkingThreads, 1)
     if (total == 0) total = 1;
     const float norm = args.log ? logf(total) : 1 / total;
     for (int column = start; column < width; column += step) {
-      score<T, MASKED>(args, view, column, load_chunk<false, E>(x, column, view.columns, T{}), scores);
+      score<T, MASKED>(args, view, column, load_chunk<false, E>(x, column, view.columns), scores);
 #pragma unroll
       for (int e = 0; e < E; ++e)
         scores[e] = args.log ? scores[e] - row_peak - norm : exponential<T>(scores[e] - row_peak) * norm;
@@ -219,7 +223,7 @@ __device__ inline void store_gradient(const SoftmaxBackward& args, int64_t begin
 }
 
 template <class T, bool SINGLE>
-__global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, SINGLE ? 8 : 1024 / kRowThreads<T>)
+__global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, kResident<T, SINGLE>)
     softmax_backward_held(const __grid_constant__ SoftmaxBackward args) {
   constexpr int E = kElements<T>, V = SINGLE ? 1 : kHeld / E;
   constexpr bool WHOLE = !SINGLE;
@@ -233,8 +237,8 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<T>, SINGLE 
     Chunk<T, E> dy[V], y[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      dy[v] = load_chunk<WHOLE, E>(args.dy.as<const T>() + begin, column + v * step, width, T{});
-      y[v] = load_chunk<WHOLE, E>(args.y.as<const T>() + begin, column + v * step, width, T{});
+      dy[v] = load_chunk<WHOLE, E>(args.dy.as<const T>() + begin, column + v * step, width);
+      y[v] = load_chunk<WHOLE, E>(args.y.as<const T>() + begin, column + v * step, width);
     }
     float total = 0;
 #pragma unroll
@@ -258,8 +262,8 @@ __global__ void __launch_bounds__(kWalkingThreads, 1)
     const int start = team.lane() * E - phase(args.y.as<const T>(), begin);
     const auto walk = [&](auto&& visit) {
       for (int column = start; column < width; column += step)
-        visit(column, load_chunk<false, E>(args.dy.as<const T>() + begin, column, width, T{}),
-              load_chunk<false, E>(args.y.as<const T>() + begin, column, width, T{}));
+        visit(column, load_chunk<false, E>(args.dy.as<const T>() + begin, column, width),
+              load_chunk<false, E>(args.y.as<const T>() + begin, column, width));
     };
     float total = 0;
     walk([&](int, const Chunk<T, E>& dy, const Chunk<T, E>& y) { total += gradient_sum(args, dy, y); });
