@@ -63,7 +63,7 @@ struct RowView {
 template <bool MASKED>
 __device__ inline RowView view_row(const SoftmaxForward& args, int64_t row) {
   RowView view{row < args.rows ? args.width : 0, 0};
-  if (args.queries > 0) view.columns = min(view.columns, static_cast<int>(row % args.queries) + 1);
+  if (args.queries > 0 && row % args.queries < view.columns) view.columns = static_cast<int>(row % args.queries) + 1;
   if constexpr (MASKED) {
     for (int d = args.mask.rank - 1; d >= 0; row /= args.mask.sizes[d--])
       view.mask += row % args.mask.sizes[d] * args.mask.strides[d];
