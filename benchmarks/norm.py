@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops
-from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload
+from pyllm.benchmarks.measure import Benchmark, Workload, liger, operator_workload
 from pyllm.testing import randn
 
 
@@ -29,9 +29,17 @@ def _eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, dropout_p: 
     return F.rms_norm(z, z.shape[-1:], weight), z
 
 
+# (x, weight, bias, eps) and (x, weight, eps, offset, casting as Llama does, gradient in place of dy).
+_LIGER = {
+    "layer_norm": liger("layer_norm", "LigerLayerNormFunction", 1e-5),
+    "rms_norm": liger("rms_norm", "LigerRMSNormFunction", 1e-6, 0.0, "llama", False),
+}
+
+
 def _build(function, eager, names, shape, dtype: torch.dtype, device: str, **options) -> Workload:
     inputs = {n: randn(*(shape if n in ("x", "residual") else shape[1:]), dtype=dtype, device=device) for n in names}
-    return operator_workload(partial(function, **options), partial(eager, **options), inputs)
+    peers = {"liger": _LIGER[function.__name__]} if function.__name__ in _LIGER else {}
+    return operator_workload(partial(function, **options), partial(eager, **options), inputs, peers=peers)
 
 
 def _norm_moved(shape) -> tuple[float, float]:

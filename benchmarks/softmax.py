@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyllm import ops, reference
-from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload
+from pyllm.benchmarks.measure import Benchmark, Workload, liger, operator_workload
 from pyllm.testing import randn
 
 
@@ -18,7 +18,9 @@ def _build(name: str, shape, dtype: torch.dtype, device: str, is_causal: bool = 
         return of_torch(x if removed is None else x.masked_fill(removed, -torch.inf), -1)
 
     function = partial(getattr(ops, name), is_causal=is_causal)
-    return operator_workload(function, eager, {"x": randn(*shape, dtype=dtype, device=device)})
+    plain = name == "softmax" and not is_causal
+    peers = {"liger": liger("softmax", "LigerSoftmaxFunction")} if plain else {}
+    return operator_workload(function, eager, {"x": randn(*shape, dtype=dtype, device=device)}, peers=peers)
 
 
 def _moved(shape, is_causal: bool = False) -> tuple[float, float]:

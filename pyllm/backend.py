@@ -112,7 +112,7 @@ def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
 def select(op: Operator, tensor: Tensor, *args) -> Callable:
     """The callable that serves op(tensor, *args). Raises CannotRun if the backend asked for cannot."""
     device = "cpu" if tensor.is_cpu else tensor.device  # a string's hash is at hand
-    for width, elements, candidates in _plan(op.name, device, tensor.dtype, is_grad_enabled(), _override):
+    for width, elements, candidates in _plan(op.name, device, tensor.dtype, is_grad_enabled(), _override):  # noqa: B007
         if not (elements or width) or (tensor.numel() >= elements and tensor.shape[-1] >= width):
             break
     refusals = []

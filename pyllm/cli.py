@@ -47,7 +47,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", action="append", help="such as `causal`; default: the operator's own")
     parser.add_argument("--pass", dest="direction", action="append", choices=("forward", "backward", "both"))
     parser.add_argument("--backend", choices=BACKENDS, help="default: what pyllm chooses by itself")
-    parser.add_argument("--peer", choices=("eager", "compile"), default="compile", help="`eager` leaves compile out")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        metavar="NAME",
+        help="what is timed besides PyTorch eager: compile, a backend's name, liger, sdpa-flash, sdpa-cudnn, "
+        "sdpa-efficient or flex where the operator has it; `eager`: nothing; default: compile, sdpa-flash, sdpa-cudnn",
+    )
     parser.add_argument("--quick", action="store_true", help="see that it works: few rounds, tiny shapes, no compile")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE")
@@ -85,24 +91,26 @@ def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             console.print(f"{benchmark.name:16} {benchmark.axes:36} {', '.join(filter(None, benchmark.variants))}")
         return 0
     cases, tiny = _cases(arguments, parser)
-    compiled = arguments.peer == "compile" and not arguments.quick
+    peers = arguments.peer or (() if arguments.quick else measure.DEFAULT_PEERS)
 
-    def measured(some: list, label: str, with_compile: bool) -> list:
+    def measured(some: list, label: str, peers: Sequence[str], end_to_end: bool) -> list:
         return [
             result
             for case in track(some, label, console=console, transient=True)
-            for result in measure.measure(case, arguments.backend, with_compile, arguments.quick)
+            for result in measure.measure(case, arguments.backend, peers, arguments.quick, end_to_end)
         ]
 
     try:
-        results = measured(cases, "measuring", compiled)
-        overhead = measured(tiny, "call overhead", False)
+        results = measured(cases, "measuring", peers, False)
+        overhead = measured(tiny, "call overhead", (), True)
     except RuntimeError as error:
         console.print(f"pyllm bench: {error}", style="red", markup=False)
         return 1
     machine = timing.machine(arguments.device) | measure.limits(cases, arguments.quick)
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
     console.print(report.table(results), report.overhead_table(overhead))
+    for refusal in dict.fromkeys(f"{name}: {why}" for result in results for name, why in result.refused.items()):
+        console.print(f"not measured: {refusal}", markup=False)
     everything = [*results, *overhead]
     if arguments.json:
         report.write_json(arguments.json, everything, machine)
@@ -120,6 +128,8 @@ def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
     from pyllm.benchmarks import measure
     from pyllm.benchmarks.catalogue import BENCHMARKS
 
+    for peer in set(arguments.peer or ()) - {"eager", *measure.PEERS}:
+        parser.error(f"unknown peer {peer!r}: expected eager, {', '.join(measure.PEERS)}")
     if arguments.op != "all" and arguments.op not in BENCHMARKS:
         parser.error(f"unknown operator {arguments.op!r}: expected all, list, {', '.join(BENCHMARKS)}")
     if arguments.device == "auto":

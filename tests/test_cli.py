@@ -58,6 +58,7 @@ def test_bench_writes_what_it_measured(tmp_path, capsys):
         (["softmax", "--shape", "3x4"], "softmax takes matrices x rows x width, got 3x4"),
         (["softmax", "--variant", "masked"], "softmax has '', 'causal', not 'masked'"),
         (["softmax", "--backend", "fast"], "invalid choice: 'fast'"),
+        (["softmax", "--peer", "fast"], "unknown peer 'fast'"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
