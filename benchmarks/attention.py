@@ -183,6 +183,7 @@ BENCHMARKS = (
             "window 256": {"window": (128, 127)},
             "t5": {"t5": True},
         },
+        grid=tuple((b, 16, length, d) for d in (64, 128) for b, length in ((1, 128), (2, 512), (4, 2048))),
     ),
     Benchmark(
         name="attention_varlen",

@@ -50,6 +50,7 @@ class Benchmark:
     build makes the workload of a shape, whose sizes `axes` names. `small` is the shape with fewer independent rows or
     heads, on which the numbers are checked. variants: options of build, by label. Either moved (elements that each pass
     has to read and write at least) or flops is given: (shape, **options) -> (forward, backward). passes: those it has.
+    grid: shapes of the first tensor, over which the fastest backend may change.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Benchmark:
     flops: Callable[..., tuple[float, float]] | None = None
     variants: dict[str, dict] = field(default_factory=lambda: {"": {}})
     passes: tuple[str, ...] = PASSES
+    grid: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

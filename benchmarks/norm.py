@@ -59,6 +59,7 @@ _ROWS = {
     "shapes": ((2048, 768), (4096, 4096)),
     "tiny": (1, 64),
     "small": lambda shape: (min(shape[0], 64), shape[1]),
+    "grid": tuple((2**e // n, n) for n in (256, 2048, 16384) for e in (14, 18, 22, 27)),
 }
 _DROPOUT = {"dropout 0.1": {"dropout_p": 0.1}, "dropout 0": {"dropout_p": 0.0}}
 

@@ -30,6 +30,12 @@ def _moved(shape, is_causal: bool = False) -> tuple[float, float]:
     return (read + 1) * size, (2 * read + 1) * size
 
 
+def _square(elements: int, width: int) -> tuple[int, int, int]:
+    """Square matrices, or what there is of one."""
+    rows = min(width, elements // width)
+    return elements // (rows * width), rows, width
+
+
 def _softmax(name: str, variants: dict[str, dict]) -> Benchmark:
     return Benchmark(
         name=name,
@@ -40,6 +46,7 @@ def _softmax(name: str, variants: dict[str, dict]) -> Benchmark:
         small=lambda shape: (1, min(shape[1], 512), shape[2]) if shape[2] <= 4096 else (1, 8, shape[2]),
         moved=_moved,
         variants=variants,
+        grid=tuple(_square(2**e, n) for n in (256, 2048, 16384) for e in (14, 18, 22, 27)),
     )
 
 

@@ -104,6 +104,14 @@ def unavailable(name: str, place: torch.device) -> str | None:
     return _library.triton_error(place.type) if name == "triton" else None
 
 
+def refusal(op: str, name: str, place: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend can serve no call of an operator on this device in this dtype, or None."""
+    why = unavailable(name, place)
+    if why is None and name == "native" and place.type == "cuda":
+        why = _library.cuda_refusal(op, dtype)
+    return why
+
+
 def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     """Every backend, with None if it can run on this device, else why it cannot."""
     return {name: unavailable(name, torch.device(device)) for name in BACKENDS}
@@ -152,10 +160,7 @@ _plan._dynamo_marked_constant = True
 
 def _make_plan(op: str, place: torch.device, dtype: torch.dtype, recorded: bool, asked: str | None) -> Plan:
     def candidate(name: str, reason: str) -> tuple[str, str, str | None]:
-        why = unavailable(name, place)
-        if why is None and name == "native" and place.type == "cuda":
-            why = _library.cuda_refusal(op, dtype)
-        return name, reason, why
+        return name, reason, refusal(op, name, place, dtype)
 
     if asked is not None:
         return ((0, 0, (candidate(asked, "asked for"),)),)

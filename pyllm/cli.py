@@ -7,6 +7,8 @@ from pathlib import Path
 import pyllm
 from pyllm.backend import BACKENDS
 
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit code: 0, 1 for a failed run, argparse's 2 for arguments that do not fit."""
@@ -17,9 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_tune(commands.add_parser("tune", help="measure tiles of attention's Triton kernels on this machine's GPU"))
     arguments = parser.parse_args(argv)
     if arguments.command == "tune":
-        from pyllm.benchmarks import tune
-
-        return tune.main(wide_console(), arguments.step, arguments.width)
+        return _tune(arguments, parser)
     if arguments.command == "doctor":
         from pyllm import doctor
 
@@ -42,7 +42,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("op", help="an operator or a layer; `all` is every one, `list` lists them")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16", "fp64"), help="default: fp32")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: fp32")
     parser.add_argument("--shape", action="append", type=_shape, metavar="AxBx...", help="default: the operator's own")
     parser.add_argument("--variant", action="append", help="such as `causal`; default: the operator's own")
     parser.add_argument("--pass", dest="direction", action="append", choices=("forward", "backward", "both"))
@@ -70,6 +70,12 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     )
     widths = ("16-bit-64", "16-bit-128", "32-bit-64", "wide")
     parser.add_argument("--width", action="append", choices=widths, help="dtype and head_dim; default: all")
+    emit = parser.add_argument_group("the table of default backends, in place of the tiles")
+    emit.add_argument("--emit", type=Path, metavar="FILE", help="measure this machine's rows of pyllm/dispatch.csv")
+    emit.add_argument("--op", action="append", help="default: every operator that has a choice")
+    emit.add_argument("--dtype", action="append", choices=DTYPES, help="default: fp32, bf16 and fp16")
+    emit.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    emit.add_argument("--quick", action="store_true", help="see that it works: few rounds, small tensors")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -77,6 +83,30 @@ def _shape(text: str) -> tuple[int, ...]:
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r}: expected positive sizes as in 2048x768")
     return tuple(map(int, sizes))
+
+
+def _tune(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from pyllm.benchmarks import defaults, tune
+
+    if arguments.emit is None:
+        return tune.main(wide_console(), arguments.step, arguments.width)
+    operators = arguments.op or defaults.OPERATORS
+    for name in operators:
+        if name not in defaults.OPERATORS:
+            parser.error(f"--op: unknown operator {name!r}: expected {', '.join(defaults.OPERATORS)}")
+    dtypes = arguments.dtype or DTYPES[:3]
+    device = _device(arguments, parser)
+    return defaults.emit(arguments.emit, wide_console(), operators, dtypes, device, arguments.quick)
+
+
+def _device(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    import torch
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no CUDA device")
+    if arguments.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return arguments.device
 
 
 def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -123,8 +153,6 @@ def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list, list]:
     """The cases that the arguments ask for, and those on tiny tensors; ends the program where there are none."""
-    import torch
-
     from pyllm.benchmarks import measure
     from pyllm.benchmarks.catalogue import BENCHMARKS
 
@@ -132,10 +160,7 @@ def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
         parser.error(f"unknown peer {peer!r}: expected eager, {', '.join(measure.PEERS)}")
     if arguments.op != "all" and arguments.op not in BENCHMARKS:
         parser.error(f"unknown operator {arguments.op!r}: expected all, list, {', '.join(BENCHMARKS)}")
-    if arguments.device == "auto":
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no CUDA device")
+    arguments.device = _device(arguments, parser)
     cases, tiny = [], []
     for benchmark in BENCHMARKS.values() if arguments.op == "all" else [BENCHMARKS[arguments.op]]:
         for shape in arguments.shape or ():
