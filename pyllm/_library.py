@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -52,34 +51,18 @@ def _cuda_library_error() -> str | None:
     return _load(CUDA_PATH)
 
 
-def cuda_architectures() -> list[str] | None:
-    """The CUDA architectures in the binary, such as 80, 90a or 100+PTX; None where pyllm._C does not load."""
+def _unserved(device: torch.device) -> str | None:
     try:
         from pyllm import _C
-    except ImportError:
+    except ImportError:  # of another Python than this; the library itself refuses, then
         return None
-    return _C.cuda_architectures()
-
-
-def _unserved(device: torch.device) -> str | None:
-    built = cuda_architectures()
-    capability = torch.cuda.get_device_capability(device)
-    if built is None or any(_serves(architecture, capability) for architecture in built):
+    major, minor = torch.cuda.get_device_capability(device)
+    if _C.cuda_serves(10 * major + minor):
         return None
-    number = "{}{}".format(*capability)
     return (
-        f"{CUDA_PATH.name} has kernels for {', '.join(built)}, none of which {torch.cuda.get_device_name(device)} "
-        f"(sm_{number}) runs: reinstall pyllm with PYLLM_CUDA_ARCHS={number}"
+        f"{torch.cuda.get_device_name(device)} is an sm_{major}{minor}, and {CUDA_PATH.name} has kernels for "
+        f"{', '.join(_C.cuda_architectures())} only: reinstall pyllm with PYLLM_CUDA_ARCHS={major}{minor}"
     )
-
-
-def _serves(architecture: str, capability: tuple[int, int]) -> bool:
-    """Machine code runs on its own major version from its minor on, with suffix a on itself only; PTX from there on."""
-    major, minor, exact, ptx = re.fullmatch(r"(\d+)(\d)(a?)(\+PTX)?", architecture).groups()
-    compiled_for = int(major), int(minor)
-    if exact:
-        return capability == compiled_for
-    return capability >= compiled_for and (bool(ptx) or capability[0] == compiled_for[0])
 
 
 def cuda_refusal(op: str, dtype: torch.dtype) -> str | None:

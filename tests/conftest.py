@@ -16,11 +16,13 @@ import pyllm.testing
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 TARGETS = [
-    pytest.param((name, device), id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    pytest.param((name, device), id=f"{name}-{device}")
     for device in DEVICES
     for name, why in pyllm.backends(device).items()
     if why is None
 ]
+
+collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
 
 
 @pytest.fixture(params=TARGETS)
@@ -40,6 +42,14 @@ def nan_filled_outputs():
 
 def pytest_addoption(parser):
     parser.addoption("--ledger", metavar="FILE", help="write each file's worst error ratio by target (not with -n)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("device") == "cuda" or "cuda" in parameters.get("target", ()):
+            item.add_marker("gpu")
 
 
 def pytest_configure(config):

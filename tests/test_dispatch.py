@@ -3,6 +3,8 @@
 import csv
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,21 +117,6 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
 # --- native on CUDA, of which only a GPU shows the rest ---
 
 
-@pytest.mark.parametrize(
-    "architecture, runs, refuses",
-    [
-        ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
-        ("89", [(8, 9)], [(8, 6), (9, 0)]),
-        ("90a", [(9, 0)], [(8, 9), (10, 0)]),
-        ("100a", [(10, 0)], [(10, 3), (12, 0)]),
-        ("100+PTX", [(10, 0), (10, 3), (12, 0)], [(9, 0)]),
-    ],
-)
-def test_which_devices_an_architecture_serves(architecture, runs, refuses):
-    assert all(pyllm._library._serves(architecture, capability) for capability in runs)
-    assert not any(pyllm._library._serves(architecture, capability) for capability in refuses)
-
-
 @pytest.fixture
 def gpu(monkeypatch, tmp_path, plans):
     """A PyTorch that believes to have CUDA and an sm_75, and a CUDA library that is no library."""
@@ -138,7 +125,8 @@ def gpu(monkeypatch, tmp_path, plans):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
-    monkeypatch.setattr(pyllm._library, "cuda_architectures", lambda: ["80", "100+PTX"])
+    binary = SimpleNamespace(cuda_serves=lambda capability: capability >= 80, cuda_architectures=lambda: ["sm_80", "x"])
+    monkeypatch.setattr(pyllm, "_C", binary, raising=False)
     monkeypatch.setattr(pyllm._library, "CUDA_PATH", tmp_path / "libpyllm_cuda.so")
     (tmp_path / "libpyllm_cuda.so").write_text("no library")
     pyllm._library._cuda_library_error.cache_clear()
@@ -154,11 +142,16 @@ def test_why_native_cannot_run_on_cuda(gpu, monkeypatch):
     assert "libpyllm_cuda.so does not load: " in why() and str(gpu) in why()
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     assert why() == (
-        "libpyllm_cuda.so has kernels for 80, 100+PTX, none of which Old GPU (sm_75) runs: reinstall pyllm with "
+        "Old GPU is an sm_75, and libpyllm_cuda.so has kernels for sm_80, x only: reinstall pyllm with "
         "PYLLM_CUDA_ARCHS=75"
     )
-    monkeypatch.setattr(pyllm._library, "cuda_architectures", lambda: None)  # pyllm._C is of another Python
-    assert why() is None
+    with monkeypatch.context() as served:
+        served.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert why() is None
+    with monkeypatch.context() as other_python:
+        other_python.delattr(pyllm, "_C")
+        other_python.setitem(sys.modules, "pyllm._C", None)
+        assert why() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch sees no CUDA device" in why()
     gpu.unlink()
@@ -188,6 +181,21 @@ def test_native_on_cuda_serves_what_it_has_kernels_for(gpu, monkeypatch):
     }
     ((_, _, ((_, reason, why),)),) = backend._make_plan("attention", CUDA, torch.float16, True, "native")
     assert (reason, why) == ("asked for", "it has no CUDA C++ kernel")
+
+
+def test_the_gpu_tests_are_collected_where_there_is_a_gpu():
+    code = (
+        "import sys, pytest, torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.device_count = lambda: 1\n"
+        "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-p', 'no:cacheprovider']))\n"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert {f"tests/test_{n}.py" for n in ("cuda", "rows", "norm", "attention", "registration")} <= files
+    assert "tests/test_bench.py" not in files
 
 
 def test_import_leaves_the_cuda_library_alone():
