@@ -21,6 +21,7 @@ def test_doctor(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     told = capsys.readouterr().out
     assert "it was left at home" in told and "a C++ compiler is needed" in told
+    assert "measured on" in told
 
 
 def test_module_and_list():
