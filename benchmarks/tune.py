@@ -42,10 +42,12 @@ class Entry:
 
     def candidates(self) -> Iterator[str]:
         """Tiles worth a trial; those that do not fit the card are found out by trying."""
-        for m, n, warps, stages in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
+        described = self.step != "decode" and attention_tiles.has_descriptors(self.target)
+        loads = ("", "xtma") if described else ("",)
+        for m, n, warps, stages, by in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3), loads):
             square_enough = self.load != "distances" or self.step != "key" or m <= n
             if square_enough and m * n >= 1024 and (m * n <= 8192 or warps == 8):
-                yield f"{m}x{n}x{warps}x{stages}"
+                yield f"{m}x{n}x{warps}x{stages}{by}"
 
     def call(self, device: str, length: int = LENGTH) -> Callable[[], tuple[Tensor, ...]]:
         """A call whose time is that of the pass, or has it as its largest part."""

@@ -1,5 +1,6 @@
 """What the launchers of row kernels share: tiles, grids, the launch itself, and its description for kernels/aot.py."""
 
+import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -52,7 +53,21 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> 
         _captured.append((kernel, arguments))
     else:
         with torch.cuda.device(-1 if device.type == "cpu" else device):
-            kernel[grid](**arguments)
+            if arguments.get("TMA"):
+                _with_scratch(device, kernel[grid], arguments)
+            else:
+                kernel[grid](**arguments)
+
+
+def _with_scratch(device: torch.device, launched, arguments: dict) -> None:
+    """launched(**arguments) with memory for tensor descriptors; the allocator of the caller's context stays."""
+
+    def allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)  # aligned to 512 B
+
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, allocate)
+    context.run(launched, **arguments)
 
 
 @contextmanager

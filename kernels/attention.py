@@ -29,12 +29,14 @@ from torch import Tensor
 
 from pyllm.kernels._common import captured, launch
 from pyllm.kernels.attention_backward import (
+    Given,
     attention_bwd_delta_kernel,
     attention_bwd_key_kernel,
     attention_bwd_mask_kernel,
     attention_bwd_query_kernel,
 )
 from pyllm.kernels.attention_common import (
+    Call,
     Features,
     Mask,
     Padding,
@@ -49,7 +51,7 @@ from pyllm.kernels.attention_common import (
 )
 from pyllm.kernels.attention_forward import attention_fwd_kernel
 from pyllm.kernels.attention_tiles import target_of, tiles
-from pyllm.reference import AttentionCall, dropout_threshold
+from pyllm.reference import AttentionCall, dropout_threshold, statistics_type
 
 
 def _features(call: AttentionCall) -> Features:
@@ -62,6 +64,12 @@ def _features(call: AttentionCall) -> Features:
     longest = call.query.shape[2] + call.key.shape[2]
     band = (bound(call.left, longest), bound(call.right, longest))
     return Features(mask, padding, *biases, call.rng, dropout_threshold(call.dropout_p), *band)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether a tensor descriptor can serve every head of x (B, H, S, D)."""
+    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
+    return all(place % 16 == 0 for place in places)
 
 
 class _Launcher:
@@ -84,19 +92,19 @@ class _Launcher:
             self.load = "distances"
         self.itemsize = query.element_size()
         added = call.attn_mask is not None and call.attn_mask.dtype != torch.bool
+        self.sizes = Sizes(batch, self.heads, sq, sk, *bounds)
+        operands = (query, key, call.value)
+        self.aligned = all(map(_aligned, operands))
         self.arguments = {
-            "q": rows_of(query),
-            "k": rows_of(key),
-            "v": rows_of(call.value),
-            "features": _features(call),
-            "sizes": Sizes(batch, self.heads, sq, sk, *bounds),
+            "call": Call(*map(rows_of, operands), _features(call), self.sizes),
             "GROUP": self.heads // self.kv_heads,
             "BOTTOM": call.bottom_right,
             **shape_and_scale(query, call.scale, call.softcap, added or call.distance_bias is not None),
         }
 
     def tiles(self, step: str) -> dict:
-        return tiles(step, self.target, self.itemsize, self.arguments["BLOCK_D"], self.load)
+        sizes = tiles(step, self.target, self.itemsize, self.arguments["BLOCK_D"], self.load)
+        return sizes | {"TMA": sizes["TMA"] and self.aligned}
 
     def slots(self, length: int, block: int) -> int:
         """The programs that the tiles of one head need, in all sequences."""
@@ -118,8 +126,7 @@ def attention_fwd(*args, target: str | None = None) -> tuple[Tensor, Tensor]:
     call = call._replace(**{name: row_major(getattr(call, name)) for name in ("query", "key", "value")})
     one = _Launcher(call, target)
     out = merged(call.query)
-    statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    lse = torch.empty(call.query.shape[:3], dtype=statistics, device=one.device)
+    lse = torch.empty(call.query.shape[:3], dtype=statistics_type(call.query), device=one.device)
     sizes = one.tiles("fwd")
     programs = one.heads * one.slots(call.query.shape[2], sizes["BLOCK_M"])
     one.launch(attention_fwd_kernel, programs, out=rows_of(out), p_lse=lse, **sizes)
@@ -127,10 +134,16 @@ def attention_fwd(*args, target: str | None = None) -> tuple[Tensor, Tensor]:
 
 
 def attention_bwd(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args, target: str | None = None
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask_gradient: bool,
+    bias_gradient: bool,
+    *args,
+    target: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dquery, dkey, dvalue, dattn_mask, ddistance_bias), as pyllm.ops.attention says, with two switches at the end."""
-    *args, mask_gradient, bias_gradient = args
+    """(dquery, dkey, dvalue, dattn_mask, ddistance_bias), as pyllm.ops.attention says."""
     call = AttentionCall(*args)
     call = call._replace(**{name: row_major(getattr(call, name)) for name in ("query", "key", "value")})
     dout, out, lse = row_major(dout), row_major(out), lse.contiguous()
@@ -153,9 +166,11 @@ def attention_bwd(
             dlse=None if dlse is None else rows_of(dlse),
             p_delta=delta,
             BLOCK_M=rows,
-            **{name: one.arguments[name] for name in ("sizes", "D", "BLOCK_D")},
+            sizes=one.sizes,
+            **{name: one.arguments[name] for name in ("D", "BLOCK_D")},
         )
-    one.arguments |= {"dout": rows_of(dout), "p_lse": lse, "p_delta": delta}
+    one.arguments["given"] = Given(rows_of(dout), lse, delta)
+    one.aligned &= _aligned(dout)
 
     sizes = one.tiles("key")
     slots = one.slots(key.shape[2], sizes["BLOCK_N"])
@@ -190,6 +205,7 @@ def attention_bwd(
         programs *= triton.cdiv(dmask.shape[2], sizes["BLOCK_M"]) if has_rows else 1
         programs *= triton.cdiv(dmask.shape[3], sizes["BLOCK_N"]) if has_cols else 1
         own = {"p_dmask": dmask, "mask_shape": tuple(dmask.shape), "ROWS": has_rows, "COLS": has_cols}
+        del sizes["TMA"]
         one.launch(attention_bwd_mask_kernel, programs, **own, **sizes)
     return dquery.to(query.dtype), dkey, dvalue, dmask, dbias
 
@@ -252,7 +268,7 @@ def aot_variants(target: str) -> Iterator[tuple]:
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             with captured() as calls:
-                attention_bwd(out, lse, out, lse, *call, "float" in feature, "t5" in feature, target=target)
+                attention_bwd(out, lse, out, lse, "float" in feature, "t5" in feature, *call, target=target)
             torch.use_deterministic_algorithms(False)
             yield from (
                 (label + " deterministic" * deterministic, *launched)

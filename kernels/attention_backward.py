@@ -1,5 +1,7 @@
 """Attention's backward kernels; kernels/attention.py tells the algorithm and launches them."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -11,6 +13,8 @@ from pyllm.kernels.attention_common import (
     dot,
     head_of,
     load_rows,
+    matrix,
+    number,
     outer,
     place,
     reach,
@@ -18,6 +22,14 @@ from pyllm.kernels.attention_common import (
     store_rows,
 )
 from pyllm.kernels.philox import keep_mask
+
+
+class Given(NamedTuple):
+    """What the backward is given: the output's gradient; (B, H, Sq) of each row, contiguous, the lse and delta."""
+
+    dout: object
+    p_lse: object
+    p_delta: object
 
 
 @triton.jit
@@ -47,8 +59,7 @@ def _gradients(
     b_k,
     b_v,
     b_dout,
-    p_lse,
-    p_delta,
+    given,
     first_m,
     first_n,
     scales,
@@ -67,9 +78,9 @@ def _gradients(
     BLOCK_N: tl.constexpr = b_k.shape[0]
     TO_LOG2: tl.constexpr = LOG2E if NATURAL else 1.0
     o_m = first_m + tl.arange(0, BLOCK_M)
-    b_lse = tl.load(p_lse + head.line + o_m, mask=o_m < head.Sq, other=INF)
+    b_lse = tl.load(given.p_lse + head.line + o_m, mask=o_m < head.Sq, other=INF)
     b_lse = tl.where(b_lse == -INF, INF, b_lse) * (LOG2E / TO_LOG2)  # rows without keys or outside: weights 0, not NaN
-    b_delta = tl.load(p_delta + head.line + o_m, mask=o_m < head.Sq, other=0.0)
+    b_delta = tl.load(given.p_delta + head.line + o_m, mask=o_m < head.Sq, other=0.0)
     s, bent = scores(b_q, b_k, first_m, first_n, scales, head, features, NATURAL, SOFTCAP, BOUNDARY, SWAP)
     p = tl.exp2((s - b_lse[:, None]) * TO_LOG2)
     dp = outer(b_dout, b_v, SWAP)
@@ -119,10 +130,8 @@ def _collect(
     after,
     b_k,
     b_v,
-    q,
-    dout,
-    p_lse,
-    p_delta,
+    call,
+    given,
     dq,
     p_near,
     first_n,
@@ -130,13 +139,13 @@ def _collect(
     end,
     scales,
     head,
-    features,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     NATURAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LAYERS: tl.constexpr,
     BOUNDARY: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Adds the share of the queries in [start, end) to dk and dv [BLOCK_N, BLOCK_D], and to dq in memory theirs.
 
@@ -144,18 +153,18 @@ def _collect(
     """
     BLOCK_N: tl.constexpr = b_k.shape[0]
     BLOCK_D: tl.constexpr = b_k.shape[1]
-    p_q = at(q, head, head.h, head.row_q)
-    p_dout = at(dout, head, head.h, head.row_q)
+    features = call.features
+    p_q = matrix(call.q, head, head.h, head.row_q, head.Sq, D, BLOCK_M, BLOCK_D, TMA)
+    p_dout = matrix(given.dout, head, head.h, head.row_q, head.Sq, D, BLOCK_M, BLOCK_D, TMA)
     for first_m in range(start, end, BLOCK_M):
-        b_q = load_rows(p_q, q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY)
-        b_dout = load_rows(p_dout, dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY)
+        b_q = load_rows(p_q, call.q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY, TMA)
+        b_dout = load_rows(p_dout, given.dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY, TMA)
         p, ds, dqk = _gradients(
             b_q,
             b_k,
             b_v,
             b_dout,
-            p_lse,
-            p_delta,
+            given,
             first_m,
             first_n,
             scales,
@@ -185,14 +194,8 @@ def _collect(
 
 @triton.jit
 def attention_bwd_key_kernel(
-    q,
-    k,
-    v,
-    features,
-    sizes,
-    dout,
-    p_lse,
-    p_delta,
+    call,
+    given,
     dq,
     dk,
     dv,
@@ -208,23 +211,28 @@ def attention_bwd_key_kernel(
     SOFTCAP: tl.constexpr,
     BOTTOM: tl.constexpr,
     LAYERS: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """dk and dv of a tile of keys. dq, unless it is None, holds zeros or sums, to which the tile's share is added.
 
     p_near, unless it is None: (programs, GROUP, LAYERS, 2 reach + 1), zeros, gets the sums over the tile of the scores'
     gradient by distance. Tiles of queries take the layers in turn, so that none stores where another does.
     """
-    ACC: tl.constexpr = p_lse.dtype.element_ty
-    if p_lse.dtype.element_ty == tl.float32:
-        scale = tl.cast(scale, tl.float32)
-        cap = tl.cast(cap, tl.float32)
+    ACC: tl.constexpr = given.p_lse.dtype.element_ty
+    scales = (number(scale, ACC), number(cap, ACC))
+    features = call.features
+    sizes = call.sizes
     b, kv_head, tile, tiles = place(tl.program_id(0), sizes.H // GROUP, sizes.B, sizes.Sk, sizes.p_bounds_k, BLOCK_N)
     if sizes.p_bounds_k is not None and tile >= tiles:
         return
     first_n = tile * BLOCK_N
     common = head_of(b, kv_head, sizes, features, ACC, BOTTOM)
-    b_k = load_rows(at(k, common, common.h, common.row_k), k.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True)
-    b_v = load_rows(at(v, common, common.h, common.row_k), v.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True)
+    b_k = load_rows(
+        at(call.k, common, common.h, common.row_k), call.k.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True
+    )
+    b_v = load_rows(
+        at(call.v, common, common.h, common.row_k), call.v.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True
+    )
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     start, full_start, full_end, end = reach(
@@ -246,45 +254,37 @@ def attention_bwd_key_kernel(
                     after,
                     b_k,
                     b_v,
-                    q,
-                    dout,
-                    p_lse,
-                    p_delta,
+                    call,
+                    given,
                     dq,
                     p_member,
                     first_n,
                     start if part == 0 else full_start if part == 1 else tl.maximum(full_start, full_end),
                     tl.minimum(full_start, end) if part == 0 else full_end if part == 1 else end,
-                    (scale, cap),
+                    scales,
                     head,
-                    features,
                     D,
                     BLOCK_M,
                     NATURAL,
                     SOFTCAP,
                     LAYERS,
                     part != 1,
+                    TMA,
                 )
         if p_near is not None:  # the ends of layers 0 and 1, which no tile stores to
             tl.store(p_member, before)
             tl.store(p_member + row + row - 1, after)
     if features.p_rng is not None:
         b_dv *= common.kept_scale
-    b_dk *= scale * cap if SOFTCAP else scale
+    b_dk *= scales[0] * scales[1] if SOFTCAP else scales[0]
     store_rows(at(dk, common, common.h, common.row_k), dk.row, b_dk, first_n, common.Sk, D)
     store_rows(at(dv, common, common.h, common.row_k), dv.row, b_dv, first_n, common.Sk, D)
 
 
 @triton.jit
 def attention_bwd_query_kernel(
-    q,
-    k,
-    v,
-    features,
-    sizes,
-    dout,
-    p_lse,
-    p_delta,
+    call,
+    given,
     dq,
     scale: tl.float64,
     cap: tl.float64,
@@ -296,36 +296,38 @@ def attention_bwd_query_kernel(
     NATURAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BOTTOM: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """dq of a tile of queries, the keys taken in order."""
-    ACC: tl.constexpr = p_lse.dtype.element_ty
-    if p_lse.dtype.element_ty == tl.float32:
-        scale = tl.cast(scale, tl.float32)
-        cap = tl.cast(cap, tl.float32)
+    ACC: tl.constexpr = given.p_lse.dtype.element_ty
+    scales = (number(scale, ACC), number(cap, ACC))
+    features = call.features
+    sizes = call.sizes
     b, h, tile, tiles = place(tl.program_id(0), sizes.H, sizes.B, sizes.Sq, sizes.p_bounds_q, BLOCK_M)
     if sizes.p_bounds_q is not None and tile >= tiles:
         return
     head = head_of(b, h, sizes, features, ACC, BOTTOM)
     first_m = (tiles - 1 - tile) * BLOCK_M
-    p_k = at(k, head, head.h // GROUP, head.row_k)
-    p_v = at(v, head, head.h // GROUP, head.row_k)
-    b_q = load_rows(at(q, head, head.h, head.row_q), q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
-    b_dout = load_rows(at(dout, head, head.h, head.row_q), dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
+    p_k = matrix(call.k, head, head.h // GROUP, head.row_k, head.Sk, D, BLOCK_N, BLOCK_D, TMA)
+    p_v = matrix(call.v, head, head.h // GROUP, head.row_k, head.Sk, D, BLOCK_N, BLOCK_D, TMA)
+    p_q = at(call.q, head, head.h, head.row_q)
+    p_dout = at(given.dout, head, head.h, head.row_q)
+    b_q = load_rows(p_q, call.q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
+    b_dout = load_rows(p_dout, given.dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     around = reach(first_m, head.Sq, head.Sk, features.left, features.right, head.shift, BLOCK_M, BLOCK_N)
     for first_n in range(around[0], around[3], BLOCK_N):
-        b_k = load_rows(p_k, k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
-        b_v = load_rows(p_v, v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
+        b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
+        b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
         dqk = _gradients(
             b_q,
             b_k,
             b_v,
             b_dout,
-            p_lse,
-            p_delta,
+            given,
             first_m,
             first_n,
-            (scale, cap),
+            scales,
             head,
             features,
             NATURAL,
@@ -333,20 +335,14 @@ def attention_bwd_query_kernel(
             True,
         )[2]
         b_dq = dot(rounded(dqk, b_k.dtype), b_k, b_dq)
-    b_dq *= scale * cap if SOFTCAP else scale
+    b_dq *= scales[0] * scales[1] if SOFTCAP else scales[0]
     store_rows(at(dq, head, head.h, head.row_q), dq.row, b_dq, first_m, head.Sq, D)
 
 
 @triton.jit
 def attention_bwd_mask_kernel(
-    q,
-    k,
-    v,
-    features,
-    sizes,
-    dout,
-    p_lse,
-    p_delta,
+    call,
+    given,
     p_dmask,
     mask_shape,
     scale: tl.float64,
@@ -363,10 +359,10 @@ def attention_bwd_mask_kernel(
     COLS: tl.constexpr,
 ):
     """A tile of attn_mask's gradient, summed over what it broadcasts to; ROWS, COLS: it has queries, keys."""
-    ACC: tl.constexpr = p_lse.dtype.element_ty
-    if p_lse.dtype.element_ty == tl.float32:
-        scale = tl.cast(scale, tl.float32)
-        cap = tl.cast(cap, tl.float32)
+    ACC: tl.constexpr = given.p_lse.dtype.element_ty
+    scales = (number(scale, ACC), number(cap, ACC))
+    features = call.features
+    sizes = call.sizes
     rest = tl.program_id(0)
     begin_m, begin_n = 0, 0
     if COLS:
@@ -384,29 +380,28 @@ def attention_bwd_mask_kernel(
     for b in range(mask_b, tl.where(mask_shape[0] == 1, sizes.B, mask_b + 1)):
         for h in range(mask_h, tl.where(mask_shape[1] == 1, sizes.H, mask_h + 1)):
             head = head_of(b, h, sizes, features, ACC, BOTTOM)
-            p_q = at(q, head, head.h, head.row_q)
-            p_dout = at(dout, head, head.h, head.row_q)
-            p_k = at(k, head, head.h // GROUP, head.row_k)
-            p_v = at(v, head, head.h // GROUP, head.row_k)
+            p_q = at(call.q, head, head.h, head.row_q)
+            p_dout = at(given.dout, head, head.h, head.row_q)
+            p_k = at(call.k, head, head.h // GROUP, head.row_k)
+            p_v = at(call.v, head, head.h // GROUP, head.row_k)
             stop_m = tl.minimum(begin_m + BLOCK_M, head.Sq) if ROWS else head.Sq
             stop_n = tl.minimum(begin_n + BLOCK_N, head.Sk) if COLS else head.Sk
             for first_m in range(begin_m, stop_m, BLOCK_M):
-                b_q = load_rows(p_q, q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
-                b_dout = load_rows(p_dout, dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
+                b_q = load_rows(p_q, call.q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
+                b_dout = load_rows(p_dout, given.dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
                 around = reach(first_m, head.Sq, head.Sk, features.left, features.right, head.shift, BLOCK_M, BLOCK_N)
                 for first_n in range(tl.maximum(around[0], begin_n), tl.minimum(around[3], stop_n), BLOCK_N):
-                    b_k = load_rows(p_k, k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
-                    b_v = load_rows(p_v, v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
+                    b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
+                    b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
                     ds = _gradients(
                         b_q,
                         b_k,
                         b_v,
                         b_dout,
-                        p_lse,
-                        p_delta,
+                        given,
                         first_m,
                         first_n,
-                        (scale, cap),
+                        scales,
                         head,
                         features,
                         NATURAL,

@@ -86,6 +86,16 @@ class Sizes(NamedTuple):
     p_bounds_k: object
 
 
+class Call(NamedTuple):
+    """What every pass over tiles takes."""
+
+    q: object
+    k: object
+    v: object
+    features: object
+    sizes: object
+
+
 class Head(NamedTuple):
     """What the tiles of one head of one sequence share. All are scalars, none is None."""
 
@@ -151,6 +161,14 @@ def shape_and_scale(query: Tensor, scale: float, softcap: float, natural: bool) 
 
 
 @triton.jit
+def number(x, ACC: tl.constexpr):
+    """An fp64 argument in the type of the sums; not cast where that is fp64, which the interpreter would round."""
+    if ACC == tl.float32:  # noqa: SIM300
+        x = tl.cast(x, tl.float32)
+    return x
+
+
+@triton.jit
 def dot(a, b, acc=None):
     if INTERPRETED and a.dtype == tl.bfloat16:  # its product of bf16 is wrong
         a = a.to(tl.float32)
@@ -166,17 +184,39 @@ def outer(a, b, SWAP: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    p_x, stride, first, rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr
+def matrix(
+    x, head, h, row, rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr = False
 ):
-    """Rows from `first` on of a matrix (rows, D), 0 outside: [BLOCK, BLOCK_D]."""
-    o_row = first + tl.arange(0, BLOCK)
-    o_d = tl.arange(0, BLOCK_D)
-    p_tile = p_x + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    if CHECK or D < BLOCK_D:
-        b_x = tl.load(p_tile, mask=(o_row < rows)[:, None] & (o_d < D)[None, :], other=0.0)
+    """Head h of `Rows` x as a matrix (rows, D), for `load_rows`: where it begins, or a descriptor of its tiles."""
+    p_x = at(x, head, h, row)
+    if TMA:
+        p_x = tl.make_tensor_descriptor(p_x, [rows, D], [x.row, 1], [BLOCK, BLOCK_D])
+    return p_x
+
+
+@triton.jit
+def load_rows(
+    p_x,
+    stride,
+    first,
+    rows,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr,
+    TMA: tl.constexpr = False,
+):
+    """Rows from `first` on of a `matrix` (rows, D), 0 outside: [BLOCK, BLOCK_D]."""
+    if TMA:
+        b_x = p_x.load([first, 0])
     else:
-        b_x = tl.load(p_tile)
+        o_row = first + tl.arange(0, BLOCK)
+        o_d = tl.arange(0, BLOCK_D)
+        p_tile = p_x + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+        if CHECK or D < BLOCK_D:
+            b_x = tl.load(p_tile, mask=(o_row < rows)[:, None] & (o_d < D)[None, :], other=0.0)
+        else:
+            b_x = tl.load(p_tile)
     return b_x
 
 

@@ -30,6 +30,7 @@ from pyllm.kernels.attention_common import (
     dot,
     finished,
     merged,
+    number,
     outer,
     row_major,
     rows_of,
@@ -38,7 +39,7 @@ from pyllm.kernels.attention_common import (
     within,
 )
 from pyllm.kernels.attention_tiles import target_of, tiles
-from pyllm.reference import DecodeCall
+from pyllm.reference import DecodeCall, statistics_type
 
 
 class Cache(NamedTuple):
@@ -184,9 +185,7 @@ def attention_decode_kernel(
     """
     ACC: tl.constexpr = p_lse.dtype.element_ty
     UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
-    if p_lse.dtype.element_ty == tl.float32:
-        scale = tl.cast(scale, tl.float32)
-        cap = tl.cast(cap, tl.float32)
+    scales = (number(scale, ACC), number(cap, ACC))
     blocks = tl.cdiv(GROUP * Sn, BLOCK_M)
     kv_head = (tl.program_id(0) // blocks % KV_HEADS).to(tl.int64)
     b = (tl.program_id(0) // blocks // KV_HEADS).to(tl.int64)
@@ -215,7 +214,7 @@ def attention_decode_kernel(
         m_n = o_n < end
         page, row = _slots(b, o_n, m_n, pages)
         b_k = _keys(keys, kv_head, page, row, m_n, D, BLOCK_D)
-        s = capped(outer(b_q, b_k, False), (scale, cap), b_q.dtype.primitive_bitwidth, NATURAL, SOFTCAP)[0]
+        s = capped(outer(b_q, b_k, False), scales, b_q.dtype.primitive_bitwidth, NATURAL, SOFTCAP)[0]
         distance = o_n[None, :] - o_place[:, None]
         if distances is not None:
             R = distances.reach
@@ -309,13 +308,14 @@ def attention_decode_fwd(*args, target: str | None = None) -> tuple[Tensor, Tens
         launch(attention_decode_append_kernel, (programs,), device, k=k, v=v, num_warps=1, **shared, **widths)
 
     out = merged(query)
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    statistics = statistics_type(query)
     lse = torch.empty(query.shape[:3], dtype=statistics, device=device)
     if not lse.numel():
         return out, lse
     group = heads // kv_heads
     load = "distances" if biased else "plain"
     sizes = tiles("decode", target or target_of(device), query.element_size(), widths["BLOCK_D"], load)
+    del sizes["TMA"]
     sizes["BLOCK_M"] = min(sizes["BLOCK_M"], max(16, triton.next_power_of_2(group * new)))
     programs = batch * kv_heads * triton.cdiv(group * new, sizes["BLOCK_M"])
     capacity = call.key_cache.shape[2] * (1 if call.block_table is None else call.block_table.shape[1])

@@ -12,6 +12,8 @@ from pyllm.kernels.attention_common import (
     finished,
     head_of,
     load_rows,
+    matrix,
+    number,
     place,
     reach,
     scores,
@@ -26,46 +28,41 @@ def _attend(
     total,
     peak,
     b_q,
-    k,
-    v,
+    p_k,
+    p_v,
     first_m,
     start,
     end,
     scales,
     head,
-    features,
-    GROUP: tl.constexpr,
+    call,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NATURAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BOUNDARY: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Takes the keys in [start, end) into acc [BLOCK_M, BLOCK_D] and the rows' sum and maximum [BLOCK_M]."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_D: tl.constexpr = acc.shape[1]
-    p_k = at(k, head, head.h // GROUP, head.row_k)
-    p_v = at(v, head, head.h // GROUP, head.row_k)
+    features = call.features
     for first_n in range(start, end, BLOCK_N):
-        b_k = load_rows(p_k, k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY)
+        b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY, TMA)
         s = scores(b_q, b_k, first_m, first_n, scales, head, features, NATURAL, SOFTCAP, BOUNDARY)[0]
         p, shrink, total, peak = absorb(s, total, peak, NATURAL)
         if features.p_rng is not None:
             o_m = first_m + tl.arange(0, BLOCK_M)
             keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        b_v = load_rows(p_v, v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY)
+        b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY, TMA)
         acc = dot(rounded(p, b_v.dtype), b_v, acc * shrink[:, None])
     return acc, total, peak
 
 
 @triton.jit
 def attention_fwd_kernel(
-    q,
-    k,
-    v,
-    features,
-    sizes,
+    call,
     out,
     p_lse,
     scale: tl.float64,
@@ -78,18 +75,21 @@ def attention_fwd_kernel(
     NATURAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BOTTOM: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     ACC: tl.constexpr = p_lse.dtype.element_ty
-    if p_lse.dtype.element_ty == tl.float32:
-        scale = tl.cast(scale, tl.float32)
-        cap = tl.cast(cap, tl.float32)
+    scales = (number(scale, ACC), number(cap, ACC))
+    features = call.features
+    sizes = call.sizes
     b, h, tile, tiles = place(tl.program_id(0), sizes.H, sizes.B, sizes.Sq, sizes.p_bounds_q, BLOCK_M)
     if sizes.p_bounds_q is not None and tile >= tiles:
         return
     head = head_of(b, h, sizes, features, ACC, BOTTOM)
     first_m = (tiles - 1 - tile) * BLOCK_M  # causal: the longest rows first
 
-    b_q = load_rows(at(q, head, head.h, head.row_q), q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
+    b_q = load_rows(at(call.q, head, head.h, head.row_q), call.q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
+    p_k = matrix(call.k, head, head.h // GROUP, head.row_k, head.Sk, D, BLOCK_N, BLOCK_D, TMA)
+    p_v = matrix(call.v, head, head.h // GROUP, head.row_k, head.Sk, D, BLOCK_N, BLOCK_D, TMA)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     total = tl.zeros([BLOCK_M], ACC)
     peak = tl.full([BLOCK_M], -INF, ACC)
@@ -103,20 +103,20 @@ def attention_fwd_kernel(
                 total,
                 peak,
                 b_q,
-                k,
-                v,
+                p_k,
+                p_v,
                 first_m,
                 start if part == 0 else full_start if part == 1 else tl.maximum(full_start, full_end),
                 tl.minimum(full_start, end) if part == 0 else full_end if part == 1 else end,
-                (scale, cap),
+                scales,
                 head,
-                features,
-                GROUP,
+                call,
                 D,
                 BLOCK_N,
                 NATURAL,
                 SOFTCAP,
                 part != 1,
+                TMA,
             )
 
     b_out, b_lse = finished(acc, total, peak, NATURAL)

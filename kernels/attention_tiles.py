@@ -1,8 +1,10 @@
 """Tile sizes of attention's Triton kernels: BLOCK_M x BLOCK_N x num_warps x num_stages, by target and pass.
 
-They are the largest tried that compile without a spill (docs/triton.md); none is timed. Better ones for a machine go
-into attention_tiles.json in the directory `cache`, which is read once: an object from "target pass width load", such as
-"sm_90 fwd 16-bit-128 busy", to "128x64x8x3". Passes are the keys of the tables in TILES.
+With "xtma" behind them, what a pass walks over comes by tensor descriptors where its layout allows ("decode" ignores
+it). The tiles are the largest tried that compile without a spill (docs/triton.md), with descriptors where these took
+fewer registers; none is timed. Better ones for a machine go into attention_tiles.json in the directory `cache`, which
+is read once: an object from "target pass width load", such as "sm_90 fwd 16-bit-128 busy", to "128x64x8x3". Passes are
+the keys of the tables in TILES.
 """
 
 import json
@@ -27,13 +29,13 @@ TILES = {
         "decode": ("64x128x4x3", "64x64x4x3", "32x32x4x2"),
     },
     "sm_90": {
-        "fwd": ("128x128x8x3 128x64x8x3", "128x128x8x2 128x64x8x3 128x64x8x2", "64x32x8x1 16x32x4x1"),
+        "fwd": ("128x128x8x3xtma 128x64x8x3xtma", "128x128x8x2xtma 128x64x8x3xtma 128x64x8x2", "64x32x8x1 16x32x4x1"),
         "key": ("64x128x8x2 64x64x8x1 32x64x8x2", "32x128x8x2 32x32x4x1", "32x64x8x1 16x64x8x1"),
         "query": ("128x64x8x2 128x64x8x2", "64x64x8x1 64x64x8x1", "32x64x8x1 32x32x8x1"),
         "decode": ("64x128x4x3", "64x64x4x3", "32x32x4x2"),
     },
     "sm_100": {
-        "fwd": ("128x128x8x3 128x64x8x3", "128x64x8x3 128x64x8x3 64x32x8x3", "64x32x8x1 64x32x8x1"),
+        "fwd": ("128x128x8x3xtma 128x64x8x3", "128x64x8x3xtma 128x64x8x3xtma 64x32x8x3xtma", "64x32x8x1 64x32x8x1"),
         "key": ("64x128x8x2 128x64x8x2 32x64x8x2", "32x128x8x2 32x32x4x1", "32x64x8x1 32x64x8x1"),
         "query": ("64x64x4x1 64x64x4x1", "64x32x4x1 64x32x4x1", "32x64x8x1 32x64x8x1"),
         "decode": ("64x128x4x3", "64x64x4x3", "32x32x4x2"),
@@ -68,7 +70,14 @@ def tiles(step: str, target: str, itemsize: int, block_d: int, load: str) -> dic
         shipped = (*TILES.get(target, TILES["sm_120"])[step], WIDE)[WIDTHS.index(width)]
     choices = shipped.split()
     text = tuned().get(f"{target} {step} {width} {load}") or choices[min(LOADS.index(load), len(choices) - 1)]
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), map(int, text.split("x")), strict=True))
+    numbers = text.removesuffix("xtma").split("x")
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return dict(zip(names, map(int, numbers), strict=True)) | {"TMA": text.endswith("tma")}
+
+
+def has_descriptors(target: str) -> bool:
+    """Whether a target reads tensor descriptors with hardware of its own (TMA)."""
+    return target.startswith("sm_") and int(target.removeprefix("sm_")) >= 90
 
 
 def cache() -> Path:
@@ -86,7 +95,7 @@ def tuned() -> dict[str, str]:
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: must hold an object")
     names = [r"(sm_\d+|gfx\w+)", *("|".join(x) for x in (TILES["sm_90"], WIDTHS, LOADS))]
-    pattern = " ".join(f"({name})" for name in names) + r": \d+x\d+x\d+x\d+"
+    pattern = " ".join(f"({name})" for name in names) + r": \d+x\d+x\d+x\d+(xtma)?"
     for key, tile in entries.items():
         if not re.fullmatch(pattern, f"{key}: {tile}"):
             raise ValueError(f"{path}: must map a target, pass, width and load to a tile, got {key!r}: {tile!r}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyllm.kernels._common import INTERPRETED, captured, launch, processors, rounded, row_tile
 from pyllm.kernels.philox import keep_mask
-from pyllm.reference import dropout_threshold
+from pyllm.reference import dropout_threshold, statistics_type
 
 FORWARD_LIMIT = 16384
 BACKWARD_LIMIT = 8192  # it holds five rows in registers, not two; fewer elements of 32 and 64 bits
@@ -259,7 +259,7 @@ def column_sum_kernel(
 
 
 def _statistic(x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistics_type(x)
     rows = x.shape[:-1].numel()
     return x.new_empty(rows, dtype=dtype) if x.numel() else x.new_zeros(rows, dtype=dtype)
 

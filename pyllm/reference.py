@@ -193,7 +193,8 @@ def attention(*args) -> tuple[Tensor, Tensor]:
     if call.cu_seqlens_q is None:
         return _dense_attention(call, 0)
     parts = [_dense_attention(*sequence) for sequence in _sequences(call)]
-    parts = parts or [_dense_attention(call, 0)]  # no sequence: nothing to cut
+    if not parts:  # no sequence, so no row: what the masks say is of no account
+        parts = [_dense_attention(call._replace(attn_mask=None, alibi_slopes=None), 0)]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
@@ -228,8 +229,7 @@ def _dense_attention(call: AttentionCall, first_batch: int) -> tuple[Tensor, Ten
         keep = dropout_keep(call.rng, call.dropout_p, batch * heads, sq, sk, first_batch * heads)
         weights = torch.where(keep.view(weights.shape), weights * dropout_scale(call.dropout_p), 0.0)
     value = _for_every_head(call.value, heads)
-    statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    return weights.to(value.dtype) @ value, lse.squeeze(-1).to(statistics)
+    return weights.to(value.dtype) @ value, lse.squeeze(-1).to(statistics_type(call.query))
 
 
 def attention_scores(call: AttentionCall, distance: Tensor) -> Tensor:
@@ -246,6 +246,11 @@ def attention_scores(call: AttentionCall, distance: Tensor) -> Tensor:
     if call.key_padding_mask is not None:
         scores = scores.masked_fill(call.key_padding_mask[:, None, None, :], -math.inf)
     return _masked(scores, call.attn_mask, False)
+
+
+def statistics_type(x: Tensor) -> torch.dtype:
+    """The dtype of means, sums and log-sum-exps of x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _for_every_head(x: Tensor, heads: int) -> Tensor:
@@ -289,8 +294,7 @@ class DecodeCall(NamedTuple):
 def attention_decode(*args) -> tuple[Tensor, Tensor]:
     """Appends key and value to the caches, then attention of query over each sequence: out (B, H, Sn, D) and lse."""
     call = DecodeCall(*args)
-    statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    results = [(call.query[:0], call.query[:0, ..., 0].to(statistics))]
+    results = [(call.query[:0], call.query[:0, ..., 0].to(statistics_type(call.query)))]
     results += [_decode_one(call, index, length) for index, length in enumerate(call.cache_seqlens.tolist())]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 

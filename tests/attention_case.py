@@ -44,7 +44,7 @@ class Case:
         b, h, hkv, sq, sk, d = self.batch, self.heads, self.kv_heads, self.sq, self.sk, self.dim
         make = functools.partial(randn, dtype=dtype, device=device)
         if self.lengths is not None:
-            tq, tk = (sum(n) for n in zip(*self.lengths, strict=True))
+            tq, tk = (sum(n) for n in self._sides())
             made = {"query": make(tq, h, d), "key": make(tk, hkv, d), "value": make(tk, hkv, d)}
         elif self.layout == "packed":
             made = {"qkv": make(b, sq, 3, h, d)}
@@ -64,13 +64,17 @@ class Case:
             made["alibi_slopes"] = make(*shape, grad=False).abs() / 8
         return made
 
+    def _sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The packed sequences' lengths: of the queries, of the keys."""
+        return tuple(zip(*self.lengths, strict=True)) or ((), ())
+
     def _padding(self, device) -> Tensor:
         """The first sequence is padded throughout, the others at their end."""
         if self.lengths is None:
             lengths = [0, *[max(1, self.sk - 3 - i) for i in range(self.batch - 1)]]
             return torch.arange(self.sk, device=device) >= torch.tensor(lengths, device=device)[:, None]
         ends = [torch.arange(sk, device=device) >= (0 if i == 0 else sk - 3) for i, (_, sk) in enumerate(self.lengths)]
-        return torch.cat(ends)
+        return torch.cat(ends) if ends else torch.zeros(0, dtype=torch.bool, device=device)
 
     def _mask(self, dtype, device) -> Tensor:
         chosen = (torch.rand(self.mask) > 0.3).to(device)
@@ -90,9 +94,12 @@ class Case:
         if self.lengths is not None:
             bounds = [
                 torch.tensor([0, *n], dtype=torch.int32, device=query.device).cumsum(0, dtype=torch.int32)
-                for n in zip(*self.lengths, strict=True)
+                for n in self._sides()
             ]
-            longest = {f"max_seqlen_{s}": max(n) for s, n in zip("qk", zip(*self.lengths, strict=True), strict=True)}
+            longest = {
+                f"max_seqlen_{side}": max(n, default=size)
+                for side, n, size in zip("qk", self._sides(), (self.sq, self.sk), strict=True)
+            }
             return attention_varlen(query, key, value, *bounds, return_lse=True, **longest, **options)
         if self.layout == "packed":
             query, key, value = qkv.unbind(2)

@@ -114,7 +114,8 @@ CASES = [
         alibi="batch",
         options={"softcap": 3.0, "window": (50, -1)} | DROPOUT,
     ),
-    Case("varlen-none", lengths=((0, 0),)),
+    Case("varlen-empty", lengths=((0, 0),)),
+    Case("varlen-none", lengths=(), mask=(1, 1, 7, 7), mask_kind="frozen", padding=True, alibi="batch"),
     # dropout
     Case("dropout", batch=1, sq=66, sk=130, dim=64, options=DROPOUT),
     Case("all-dropped", sk=40, options={"dropout_p": 1.0}),
@@ -145,6 +146,30 @@ def test_within_budget_where_any_order_of_summation_will_do(name: str, dtype: to
     backend, device = target
     torch.use_deterministic_algorithms(False)
     check(BY_NAME[name].call, BY_NAME[name].inputs(dtype, device), backend)
+
+
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.values[0][0] == "triton"])
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name, described", [("packed", True), ("varlen-causal", True), ("odd-heads", False)])
+def test_tiles_by_descriptors(name: str, described: bool, deterministic: bool, target, monkeypatch):
+    from pyllm.kernels import _common
+    from pyllm.kernels import attention as launchers
+    from pyllm.kernels.attention_tiles import has_descriptors, target_of, tiles
+
+    backend, device = target
+    if device == "cuda" and not has_descriptors(target_of(torch.device(device))):
+        pytest.skip("this GPU has no hardware for tensor descriptors")
+    used = []
+
+    def launch(kernel, *args, **options):
+        used.append(options.get("TMA", False))
+        _common.launch(kernel, *args, **options)
+
+    monkeypatch.setattr(launchers, "tiles", lambda *args: tiles(*args) | {"TMA": True})
+    monkeypatch.setattr(launchers, "launch", launch)
+    torch.use_deterministic_algorithms(deterministic)
+    check(BY_NAME[name].call, BY_NAME[name].inputs(torch.float16, device), backend)
+    assert any(used) == described
 
 
 @pytest.mark.parametrize("name", ["multi-query", "matrix-float"])

@@ -189,6 +189,11 @@ BAD = [
     ({"rotary": (torch.ones(16, 4), torch.ones(16, 3))}, ValueError, "rotary must have cos and sin of one shape"),
     ({"rotary": (torch.ones(15, 4), torch.ones(15, 4))}, ValueError, "rotary must be cos and sin"),
     ({"rotary": (torch.ones(16, 5), torch.ones(16, 5))}, ValueError, "rotary must be cos and sin"),
+    (
+        {"query": torch.ones(2, 4, 5, 8), "key": None, "value": None, "rotary": (torch.ones(16, 4), torch.ones(16, 4))},
+        ValueError,
+        "rotary needs a position for each of the 5 queries: sequence 0 has 3 keys",
+    ),
     ({"window": (-3, 0)}, ValueError, "window must be"),
     ({"softcap": -1.0}, ValueError, "softcap must be"),
     ({"query": torch.ones(2, 4, 1, 8).requires_grad_()}, RuntimeError, "no gradient"),

@@ -42,7 +42,7 @@ def test_the_fastest_right_tile_that_fits_is_chosen(monkeypatch, tiles_of_a_gpu)
         return 1.0 if tile["BLOCK_N"] < 128 or tile["BLOCK_M"] == 128 else 2.0
 
     tile, ratio = _tuned(monkeypatch, tiles_of_a_gpu, seconds, result)
-    m, n, warps, _ = map(int, tile.split("x"))
+    m, n, warps, _ = map(int, tile.removesuffix("xtma").split("x"))
     assert (n, m != 128) == (64, True) and not (m == 64 and warps == 8)
     assert ratio == pytest.approx(1.0 / (0.5 / 64))
     assert attention_tiles.tuned() == {}, "a trial stays behind"
@@ -54,11 +54,12 @@ def test_the_shipped_tile_stays_where_none_is_faster(monkeypatch, tiles_of_a_gpu
 
 def test_what_was_found_is_written_and_read(tiles_of_a_gpu):
     before = tiles_of_a_gpu()
-    path = tune.save({str(ENTRY): "32x64x4x2"})
-    attention_tiles.tuned.cache_clear()  # as another process reads it
-    assert json.loads(Path(path).read_text()) == {str(ENTRY): "32x64x4x2"}
-    after = tiles_of_a_gpu()
-    assert (after["BLOCK_M"], after["BLOCK_N"], after["num_warps"], after["num_stages"]) == (32, 64, 4, 2) != before
+    for text, tma in (("32x64x4x2", False), ("32x64x4x2xtma", True)):
+        path = tune.save({str(ENTRY): text})
+        attention_tiles.tuned.cache_clear()  # as another process reads it
+        assert json.loads(Path(path).read_text()) == {str(ENTRY): text}
+        after = tiles_of_a_gpu()
+        assert after == {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "TMA": tma} != before
 
 
 @pytest.mark.parametrize("entry", tune.entries("sm_90"), ids=str)

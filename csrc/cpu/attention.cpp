@@ -11,7 +11,6 @@
 namespace pyllm {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 // The tensor itself where kernels can read it, else a copy in the compute type with padded rows.
@@ -19,7 +18,7 @@ Tensor packed(const Tensor& t_in, bool padded) {
   const Tensor t = with_contiguous_rows(t_in);
   const int64_t width = padded_width(t);
   if (t.scalar_type() == statistics_type(t) && (!padded || width == t.size(3))) return t;
-  Tensor to = new_empty(t, {t.size(0), t.size(1), t.size(2), width}, statistics_type(t));
+  Tensor to = uninitialised(t, {t.size(0), t.size(1), t.size(2), width}, statistics_type(t));
   const PackRows args{
       .from = heads_of(t), .to = to.data_ptr(), .heads = t.size(1), .rows = t.size(2), .dim = t.size(3)};
   parallel_for(0, t.size(0) * t.size(1) * t.size(2), rows_per_task(width),
@@ -153,7 +152,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
                   false);
   const Attention& args = call.args;
   Tensor out = new_like(query);
-  Tensor lse = new_empty(query, {args.batches, args.heads, args.sq}, statistics_type(query));
+  Tensor lse = uninitialised(query, {args.batches, args.heads, args.sq}, statistics_type(query));
   std::vector<QueryBlock> blocks;  // of a causal sequence the one with most keys first, so that threads end together
   for (const Sequence& sequence : call.sequences)
     for (int64_t index = blocks_of(sequence.sq) - 1; index >= 0; --index) blocks.push_back({&sequence, index});
@@ -185,11 +184,11 @@ int64_t parts_of(const Call& call) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& out_in, const Tensor& lse_in,
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-    const OptionalTensor& padding, const OptionalTensor& distance_bias, const OptionalTensor& slopes,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& rng, double scale,
-    double softcap, double dropout_p, int64_t left, int64_t right, bool bottom_right, bool mask_gradient,
-    bool bias_gradient) {
+    bool mask_gradient, bool bias_gradient, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& mask, const OptionalTensor& padding, const OptionalTensor& distance_bias,
+    const OptionalTensor& slopes, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& rng, double scale, double softcap, double dropout_p, int64_t left, int64_t right,
+    bool bottom_right) {
   const Call call({query, key, value, mask, padding, distance_bias, slopes, cu_seqlens_q, cu_seqlens_k, rng, scale,
                    softcap, dropout_p, left, right, bottom_right},
                   true);
@@ -199,8 +198,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dquery = new_like(query), dkey = new_like(key), dvalue = new_like(value);
   const int64_t parts = parts_of(call), keys = args.batches * args.sk, summed = 2 * args.biases.reach + 1;
   const ScalarType statistics = statistics_type(query);
-  Tensor partials = new_empty(query, {args.kv_heads, parts, 2, keys, padded_width(query)}, statistics);
-  Tensor bias_partials = new_empty(query, {bias_gradient ? args.heads : 0, args.count * parts, summed}, statistics);
+  Tensor partials = uninitialised(query, {args.kv_heads, parts, 2, keys, padded_width(query)}, statistics);
+  Tensor bias_partials = uninitialised(query, {bias_gradient ? args.heads : 0, args.count * parts, summed}, statistics);
   const AttentionBackward backward{.call = args,
                                    .out = heads_of(out),
                                    .dout = heads_of(dout),
@@ -223,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   parallel_for(0, args.kv_heads * keys, rows_per_task(args.dim),
                [&, kernel = pick_attention_key_gradient()](int64_t begin, int64_t end) { kernel(sums, begin, end); });
 
-  Tensor dbias = bias_gradient ? new_empty(*distance_bias, distance_bias->sizes()) : new_empty(query, {0});
+  Tensor dbias = bias_gradient ? uninitialised(*distance_bias, distance_bias->sizes()) : uninitialised(query, {0});
   if (bias_gradient) {
     const BiasGradient gradient{.partials = bias_partials.data_ptr(),
                                 .dbias = array(dbias),
@@ -233,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     run_tasks(pick_attention_bias_gradient(), gradient, args.heads, bias_partials.numel());
   }
 
-  Tensor dmask = mask_gradient ? new_empty(*mask, mask->sizes()) : new_empty(query, {0});
+  Tensor dmask = mask_gradient ? uninitialised(*mask, mask->sizes()) : uninitialised(query, {0});
   if (mask_gradient) {
     const MaskGradient gradient{.backward = backward,
                                 .dmask = array(dmask),

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& query_in, Tensor k
 
   Tensor out = new_like(query);
   const ScalarType statistics = statistics_type(query);
-  Tensor lse = torch::stable::new_empty(query, {batch, heads, added}, statistics);
+  Tensor lse = uninitialised(query, {batch, heads, added}, statistics);
   AttentionDecode args{.query = heads_of(query),
                        .key_cache = heads_of(key_cache),
                        .value_cache = heads_of(value_cache),
@@ -132,8 +132,8 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& query_in, Tensor k
   args.biases = distance_biases(query, distance_bias, slopes, longest + added);
   const std::vector<DecodePiece> pieces = pieces_of(args, sequences);
   const int64_t piece_count = static_cast<int64_t>(pieces.size());
-  Tensor partial_out = torch::stable::new_empty(query, {piece_count, heads, added, padded_width(query)}, statistics);
-  Tensor partial_lse = torch::stable::new_empty(query, {piece_count, heads, added}, statistics);
+  Tensor partial_out = uninitialised(query, {piece_count, heads, added, padded_width(query)}, statistics);
+  Tensor partial_lse = uninitialised(query, {piece_count, heads, added}, statistics);
   args.sequences = sequences.data();
   args.pieces = pieces.data();
   args.partial_out = partial_out.data_ptr();

@@ -80,6 +80,27 @@ class KVCache:
             "block_table": self.block_table,
         }
 
+    @property
+    def empty(self) -> bool:
+        """Whether no sequence has a token yet."""
+        return not any(self._lengths)
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes the keys and values (B, Hkv, S, D) of the first S tokens of each sequence, for which there is room."""
+        where = self.of_layer(layer)
+        expected = (len(self._lengths), self.keys.shape[2], key.shape[2], self.keys.shape[4])
+        if key.shape != expected:
+            raise ValueError(f"KVCache: key must have shape (B, Hkv, S, D) = {expected}, got {tuple(key.shape)}")
+        if torch.is_grad_enabled() and key.requires_grad:
+            raise RuntimeError("KVCache: what is stored has no gradient; call it under torch.no_grad()")
+        positions = torch.arange(key.shape[2], device=key.device)
+        for cache, rows in ((where["key_cache"], key), (where["value_cache"], value)):
+            if self.block_table is None:
+                cache[:, :, : key.shape[2]] = rows
+            else:
+                pages = self.block_table[:, positions // self.page_size].long()
+                cache[pages, :, positions % self.page_size] = rows.transpose(1, 2)
+
     def positions(self, new: int) -> Tensor:
         """The positions (B, new) int64 of the next `new` tokens of each sequence."""
         return self.lengths[:, None].long() + torch.arange(new, device=self.lengths.device)

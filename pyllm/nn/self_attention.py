@@ -8,6 +8,7 @@ from pyllm import ops
 from pyllm.nn.cache import KVCache
 from pyllm.nn.positions import RelativePositionBias, Rotary, alibi_slopes
 from pyllm.ops import RelativeBias
+from pyllm.reference import statistics_type
 
 POSITIONS = ("none", "alibi", "t5", "rotary")
 
@@ -116,13 +117,18 @@ class SelfAttention(_Attention):
         if cache is not None:
             if any(given is not None for given in (attn_mask, key_padding_mask, positions, rotary)):
                 raise ValueError("with a cache, masks, positions and rotary must not be given: the cache has its own")
-            return self._merge(self._append(query, key, value, cache, layer, options))
+            self._check_caching()
+            cache.reserve(query.shape[2])
+            if torch.compiler.is_compiling() or not cache.empty:
+                return self._merge(self._append(query, key, value, cache, layer, options))
         if isinstance(self.position, Rotary):
             if rotary is None:
                 rotary = self._tables(torch.arange(x.shape[1], device=x.device) if positions is None else positions, x)
             elif positions is not None:
                 raise ValueError("positions must not be given with rotary, which is made from them")
             query, key = self.position(query, rotary), self.position(key, rotary)
+        if cache is not None:  # prompts: no key is in the cache yet
+            cache.store(layer, key, value)
         out = ops.attention(
             query,
             key,
@@ -136,12 +142,13 @@ class SelfAttention(_Attention):
         )
         return self._merge(out)
 
-    def _append(self, query, key, value, cache: KVCache, layer: int, options: dict) -> Tensor:
-        """Attention of new tokens over what the cache holds of their sequences, and over themselves."""
+    def _check_caching(self) -> None:
         if not self.causal:
             raise ValueError("a cache needs causal=True: keys must not depend on what follows")
         self._check_generating()
-        cache.reserve(query.shape[2])
+
+    def _append(self, query, key, value, cache: KVCache, layer: int, options: dict) -> Tensor:
+        """Attention of new tokens over what the cache holds of their sequences, and over themselves."""
         rotary = slopes = None
         interleaved = False
         if isinstance(self.position, Rotary):
@@ -162,7 +169,7 @@ class SelfAttention(_Attention):
         )
 
     def _tables(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.position.tables(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return self.position.tables(positions, statistics_type(x))
 
     def extra_repr(self) -> str:
         position = ", position=alibi" if self.alibi else ""

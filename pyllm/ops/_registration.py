@@ -5,6 +5,7 @@ or CUDA below each.
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,12 +30,14 @@ class Kernel:
 def kernel(module: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Kernel]:
     """Registers the decorated fake implementation, whose annotations are the schema, and the kernel of its name.
 
+    `*args: Call`, where Call is a NamedTuple, stands for its fields.
     mutates: the arguments that it writes to. The Triton launcher is `pyllm.kernels.<module>.<name>`, imported at the
     first call.
     """
 
     def register(fake: Callable) -> Kernel:
         name = fake.__name__
+        fake.__signature__ = _with_fields(inspect.signature(fake))
 
         def launch(*args):
             return getattr(importlib.import_module(f"pyllm.kernels.{module}"), name)(*args)
@@ -50,6 +53,16 @@ def kernel(module: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Ker
         return Kernel(native, getattr(torch.ops.pyllm_triton, name).default)
 
     return register
+
+
+def _with_fields(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with the fields of the NamedTuple in place of the `*args` that it annotates."""
+    *parameters, last = signature.parameters.values()
+    if last.kind == inspect.Parameter.VAR_POSITIONAL:
+        fields = last.annotation.__annotations__.items()
+        parameters += [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=a) for n, a in fields]
+        return signature.replace(parameters=parameters)
+    return signature
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -20,7 +20,7 @@ from pyllm.ops import _checks
 from pyllm.ops._autocast import lower_precision
 from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
 from pyllm.ops.relative_bias import RelativeBias
-from pyllm.reference import AttentionCall
+from pyllm.reference import AttentionCall, statistics_type
 
 
 def attention(
@@ -95,23 +95,19 @@ def attention_varlen(
     Raises as `attention` does. On a GPU the contents of cu_seqlens_* are checked only with PYLLM_DEBUG=1, which
     synchronises.
     """
-    query, key, value = lower_precision(query, key, value)
     op = "attention_varlen"
+    query, key, value = lower_precision(query, key, value)
     check_operands(op, query, key, value, "(Tq, H, D)", "(Tk, Hkv, D)")
     batch = _check_sequences(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if attn_mask is not None:
-        _checks.attention_mask(op, attn_mask, query, "query")
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-        sizes = (batch, query.shape[1], max_seqlen_q or 1, max_seqlen_k or 1)
-        _checks.broadcasts(op, "attn_mask", attn_mask, sizes, "(B, H, max_seqlen_q, max_seqlen_k)")
+    sizes = (batch, query.shape[1], max_seqlen_q or 1, max_seqlen_k or 1)
+    attn_mask = _checked_mask(op, attn_mask, query, sizes, "(B, H, max_seqlen_q, max_seqlen_k)")
     if key_padding_mask is not None:
         _check_padding(op, key_padding_mask, query, (key.shape[0],), "(Tk,)")
         key_padding_mask = key_padding_mask[None]
+    operands = (*(x.transpose(0, 1)[None] for x in (query, key, value)), attn_mask, key_padding_mask)
     biases = score_biases(op, query, batch, relative_bias, alibi_slopes)
     options = options_of(op, query, is_causal, causal_alignment, window, softcap, scale, dropout_p)
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    rng = draw_rng(query, dropout_p)
-    call = (query, key, value, attn_mask, key_padding_mask, *biases, cu_seqlens_q, cu_seqlens_k, rng, *options)
+    call = AttentionCall(*operands, *biases, cu_seqlens_q, cu_seqlens_k, draw_rng(query, dropout_p), *options)
     out, lse = select(ATTENTION, *call, return_lse)(*call, return_lse)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
@@ -128,17 +124,13 @@ def checked_call(
     check_operands(op, query, key, value, "(B, H, Sq, D)", "(B, Hkv, Sk, D)")
     batch, heads, sq, _ = query.shape
     sk = key.shape[2]
-    if attn_mask is not None:
-        _checks.attention_mask(op, attn_mask, query, "query")
-        _checks.broadcasts(op, "attn_mask", attn_mask, (batch, heads, sq, sk), "(B, H, Sq, Sk)")
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    attn_mask = _checked_mask(op, attn_mask, query, (batch, heads, sq, sk), "(B, H, Sq, Sk)")
     if key_padding_mask is not None:
         _check_padding(op, key_padding_mask, query, (batch, sk), "(B, Sk)")
     biases = score_biases(op, query, batch, relative_bias, alibi_slopes)
     scale, softcap, dropout_p, *band = options_of(op, query, *options)
-    rng = draw_rng(query, dropout_p)
     operands = (query, key, value, attn_mask, key_padding_mask, *biases)
-    return AttentionCall(*operands, None, None, rng, scale, softcap, dropout_p, *band)
+    return AttentionCall(*operands, None, None, draw_rng(query, dropout_p), scale, softcap, dropout_p, *band)
 
 
 def check_operands(
@@ -199,6 +191,15 @@ def _check_sequences(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, m
     return cu_seqlens_q.shape[0] - 1
 
 
+def _checked_mask(op: str, attn_mask: Tensor | None, query: Tensor, sizes: tuple, meaning: str) -> Tensor | None:
+    """attn_mask with 4 dimensions."""
+    if attn_mask is None:
+        return None
+    _checks.attention_mask(op, attn_mask, query, "query")
+    _checks.broadcasts(op, "attn_mask", attn_mask, sizes, meaning)
+    return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+
+
 def _check_padding(op: str, key_padding_mask: Tensor, query: Tensor, shape: tuple, meaning: str) -> None:
     if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
         raise TypeError(f"{op}: key_padding_mask must be a bool Tensor, True = ignore")
@@ -213,7 +214,7 @@ def score_biases(
     if relative_bias is None and alibi_slopes is None:
         return None, None
     heads = query.shape[1]
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    statistics = statistics_type(query)
     distance_bias = None
     if relative_bias is not None:
         if not isinstance(relative_bias, RelativeBias):
@@ -258,33 +259,16 @@ def options_of(op, query, is_causal, causal_alignment, window, softcap, scale, d
 # --- operators as PyTorch's dispatcher knows them: the fields of an AttentionCall ---
 
 
-def _like(x: Tensor) -> Tensor:
-    """(B, H, S, D) stored as (B, S, H, D), so that merging the heads is free."""
+def merged_heads(x: Tensor) -> Tensor:
+    """(B, H, S, D), uninitialised, stored as (B, S, H, D), so that merging the heads is free."""
     batch, heads, length, dim = x.shape
     return x.new_empty((batch, length, heads, dim)).transpose(1, 2)
 
 
 @kernel("attention")
-def attention_fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    distance_bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-) -> tuple[Tensor, Tensor]:  # out, lse
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return _like(query), query.new_empty(query.shape[:3], dtype=statistics)
+def attention_fwd(*args: AttentionCall) -> tuple[Tensor, Tensor]:  # out, lse
+    query = AttentionCall(*args).query
+    return merged_heads(query), query.new_empty(query.shape[:3], dtype=statistics_type(query))
 
 
 @kernel("attention")
@@ -293,29 +277,16 @@ def attention_bwd(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    distance_bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    rng: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
     mask_gradient: bool,
     bias_gradient: bool,
+    *args: AttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # dquery, dkey, dvalue; dattn_mask and ddistance_bias, each (0,) unless asked for
-    dmask = attn_mask.new_empty(attn_mask.shape) if mask_gradient else query.new_empty(0)
-    dbias = distance_bias.new_empty(distance_bias.shape) if bias_gradient else query.new_empty(0)
-    return _like(query), _like(key), _like(value), dmask, dbias
+    call = AttentionCall(*args)
+    nothing = call.query.new_empty(0)
+    dmask = torch.empty_like(call.attn_mask, memory_format=torch.contiguous_format) if mask_gradient else nothing
+    dbias = torch.empty_like(call.distance_bias) if bias_gradient else nothing
+    return *(merged_heads(x) for x in call[:3]), dmask, dbias
 
 
 def _pairs(call: AttentionCall) -> int:
@@ -349,8 +320,8 @@ def _forward_flops(*args, **_):
     return 4 * call.query.shape[-1] * _pairs(call)
 
 
-def _backward_flops(dout, dlse, out, lse, *args, **_):
-    call = AttentionCall(*args[: len(AttentionCall._fields)])
+def _backward_flops(dout, dlse, out, lse, mask_gradient, bias_gradient, *args, **_):
+    call = AttentionCall(*args)
     return 10 * call.query.shape[-1] * _pairs(call)
 
 
@@ -379,7 +350,7 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
             dout = torch.zeros_like(out) if dout is None else dout
             wanted = dict(zip(AttentionCall._fields, ctx.needs_input_grad, strict=True))
             asked = (wanted["attn_mask"], wanted["distance_bias"])
-            dquery, dkey, dvalue, dmask, dbias = bwd(dout, dlse, out, lse, *tensors, *ctx.options, *asked)
+            dquery, dkey, dvalue, dmask, dbias = bwd(dout, dlse, out, lse, *asked, *tensors, *ctx.options)
             rest = (None,) * (len(wanted) - 6)
             return dquery, dkey, dvalue, dmask if asked[0] else None, None, dbias if asked[1] else None, *rest
 
@@ -433,7 +404,8 @@ def _tiles(backend: str, *args) -> str:
     from pyllm.kernels.attention import forward_tiles
 
     sizes = forward_tiles(*args[:-1])
-    return f"{sizes['BLOCK_M']} x {sizes['BLOCK_N']}, {sizes['num_warps']} warps, {sizes['num_stages']} stages"
+    text = f"{sizes['BLOCK_M']} x {sizes['BLOCK_N']}, {sizes['num_warps']} warps, {sizes['num_stages']} stages"
+    return text + (", TMA" if sizes["TMA"] else "")
 
 
 def _reference(*args):

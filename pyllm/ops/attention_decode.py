@@ -7,8 +7,9 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._registration import kernel, named_kernel, needs_grad
-from pyllm.ops.attention import check_operands, options_of, score_biases
+from pyllm.ops.attention import check_operands, merged_heads, options_of, score_biases
 from pyllm.ops.relative_bias import RelativeBias
+from pyllm.reference import DecodeCall, statistics_type
 
 
 def attention_decode(
@@ -49,7 +50,7 @@ def attention_decode(
     if needs_grad(query, key_cache, value_cache, key, value):
         raise RuntimeError(f"{op}: it has no gradient; call it under torch.no_grad()")
     if _checks.can_look(cache_seqlens):
-        _check_lengths(op, query, key_cache, cache_seqlens, key, block_table)
+        _check_lengths(op, query, key_cache, cache_seqlens, key, block_table, rotary)
     cos, sin = _rotary(op, query, rotary, key_cache, block_table)
     biases = score_biases(op, query, query.shape[0], relative_bias, alibi_slopes)
     scale, softcap, _, left, right, _ = options_of(op, query, is_causal, "bottom_right", window, softcap, scale, 0.0)
@@ -88,8 +89,8 @@ def _check(op, query, key_cache, value_cache, cache_seqlens, key, value, block_t
             _checks.shape(op, name, tensor, expected, "(B, Hkv, Sn, D)")
 
 
-def _check_lengths(op, query, key_cache, cache_seqlens, key, block_table) -> None:
-    """What can be seen only in the contents: negative lengths, a full cache, pages outside."""
+def _check_lengths(op, query, key_cache, cache_seqlens, key, block_table, rotary) -> None:
+    """What can be seen only in the contents: lengths, pages and places that there are not."""
     lengths = cache_seqlens.tolist()
     added = 0 if key is None else query.shape[2]
     size = key_cache.shape[2]
@@ -101,6 +102,11 @@ def _check_lengths(op, query, key_cache, cache_seqlens, key, block_table) -> Non
             raise ValueError(
                 f"{op}: the cache is full: sequence {index} has {length} keys, {added} are to be added, "
                 f"and it holds {capacity}"
+            )
+        if rotary is not None and length + added < query.shape[2]:
+            raise ValueError(
+                f"{op}: rotary needs a position for each of the {query.shape[2]} queries: sequence {index} has "
+                f"{length + added} keys"
             )
         if block_table is not None:
             used = block_table[index, : -(-(length + added) // size)]
@@ -128,32 +134,13 @@ def _rotary(op, query, rotary, key_cache, block_table) -> tuple[Tensor | None, T
             )
     if rotary[0].shape != rotary[1].shape:
         raise ValueError(f"{op}: rotary must have cos and sin of one shape")
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return tuple(tensor.to(statistics).contiguous() for tensor in rotary)
+    return tuple(tensor.to(statistics_type(query)).contiguous() for tensor in rotary)
 
 
 @kernel("attention_decode", mutates=("key_cache", "value_cache"))
-def attention_decode_fwd(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    key: Tensor | None,
-    value: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    distance_bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:  # out, lse
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch, heads, new, dim = query.shape
-    return query.new_empty(batch, new, heads, dim).transpose(1, 2), query.new_empty(query.shape[:3], dtype=statistics)
+def attention_decode_fwd(*args: DecodeCall) -> tuple[Tensor, Tensor]:  # out, lse
+    query = DecodeCall(*args).query
+    return merged_heads(query), query.new_empty(query.shape[:3], dtype=statistics_type(query))
 
 
 def _no_kernel(*_) -> str:

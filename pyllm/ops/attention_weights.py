@@ -10,7 +10,7 @@ from pyllm.backend import select
 from pyllm.ops import _checks
 from pyllm.ops.attention import ATTENTION, checked_call
 from pyllm.ops.relative_bias import RelativeBias
-from pyllm.reference import AttentionCall
+from pyllm.reference import AttentionCall, statistics_type
 
 
 def attention_weights(
@@ -44,7 +44,7 @@ def attention_weights(
     masks = (attn_mask, key_padding_mask, relative_bias, alibi_slopes)
     options = (is_causal, causal_alignment, window, softcap, scale, 0.0)
     call = checked_call(op, query, key, key, *masks, *options)
-    statistics = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    statistics = statistics_type(call.query)
     if not isinstance(lse, Tensor) or lse.dtype != statistics:
         raise TypeError(f"{op}: lse must be a {statistics} Tensor")
     _checks.same_device(op, "lse", lse, "query", query)

@@ -13,6 +13,7 @@ from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._autocast import full_precision
 from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
+from pyllm.reference import statistics_type
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -109,8 +110,7 @@ def _check_add(op, x, residual, weight, bias, dropout_p) -> None:
 
 def _statistic(x: Tensor) -> Tensor:
     """(M,) for the M rows of x."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(math.prod(x.shape[:-1]), dtype=dtype)  # Size.numel() would fix dynamic shapes
+    return x.new_empty(math.prod(x.shape[:-1]), dtype=statistics_type(x))  # Size.numel() would fix dynamic shapes
 
 
 def _gradient(x: Tensor, parameter: Tensor | None) -> Tensor:
