@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyllm import ops, reference
-from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload
+from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload, randn
 from pyllm.ops.relative_bias import bucket
-from pyllm.testing import randn
 
 SDPA_KERNELS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,

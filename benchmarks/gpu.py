@@ -26,7 +26,7 @@ import pyllm
 from pyllm import doctor
 from pyllm.benchmarks import exercise, report, timing
 from pyllm.benchmarks.catalogue import BENCHMARKS
-from pyllm.benchmarks.measure import DTYPES, OVERHEAD_PASSES, Case, Result, measure
+from pyllm.benchmarks.measure import DTYPES, OVERHEAD_PASSES, Case, Result, first_line, measure
 
 ELEMENTS = 2**26  # of a large tensor: its bytes are several times what a cache holds
 TOKENS = 2**14
@@ -127,7 +127,7 @@ def _program(run: Run, name: str, command: Sequence[str], **environment: str) ->
 def races(run: Run) -> Report:
     """Repeated runs give the same bits, in outputs and gradients, with uninitialised memory full of NaN."""
     repeats, compared, differing = 2 if run.quick else 20, 0, []
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         for backend in exercise.able(run.device):
             for case in exercise.cases(run.device, run.quick):
@@ -230,8 +230,8 @@ def _measured(run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_en
         chosen = [peer for peer in peers if not run.quick or peer not in ("compile", "flex")]
         try:
             results += measure(placed, None, chosen, run.quick, end_to_end)
-        except RuntimeError as error:  # such as memory that is short: the other cases are still of use
-            results.append(Result(placed, "default", problem=str(error).splitlines()[0]))
+        except Exception as error:  # reported, and the other cases are still of use
+            results.append(Result(placed, "default", problem=first_line(error)))
     console = Console(width=220, color_system=None)
     with console.capture() as told:
         console.print(report.overhead_table(results) if end_to_end else report.table(results))

@@ -36,8 +36,11 @@ class Workload:
 
     def peer(self, name: str) -> Callable[[], Tensor | tuple[Tensor, ...]] | None:
         """`compile` is the eager call compiled, a backend's name is pyllm on that backend; None: there is none."""
+        if name in ("compile", "flex"):
+            torch._dynamo.reset()  # or so many shapes have been compiled for that the next one is not
+            torch._functorch.config.donated_buffer = False  # a graph that backward runs over again keeps its buffers
         if name == "compile":
-            return fresh_compile(self.calls["eager"])
+            return torch.compile(self.calls["eager"], dynamic=False)
         if name in BACKENDS:
             return use_backend_in(name, self.calls["pyllm"])
         return self.peers.get(name)
@@ -185,9 +188,9 @@ def measure(
                 try:
                     calls[name] = staged(peer, workload.leaves, case.direction)
                     calls[name]()
-                except (ImportError, RuntimeError) as error:  # not installed, or not for this shape, dtype or device
+                except Exception as error:  # not installed, not for this shape or device, or whatever a peer may raise
                     calls.pop(name, None)
-                    refused[name] = str(error).splitlines()[0]
+                    refused[name] = first_line(error)
         for warm in (False, True) if large else (False,):
             if large and not timing.warm_allocator(16 * size if warm else 0) and warm:
                 continue
@@ -219,6 +222,10 @@ def _outputs(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def use_backend_in(name: str, call: Callable) -> Callable:
     """The call, its forward on a backend."""
 
@@ -227,12 +234,6 @@ def use_backend_in(name: str, call: Callable) -> Callable:
             return call()
 
     return on_backend
-
-
-def fresh_compile(call: Callable) -> Callable:
-    torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # a graph that backward runs over again must keep its buffers
-    return torch.compile(call, dynamic=False)
 
 
 def _rate(case: Case, seconds: float, quick: bool) -> tuple[float | None, float | None]:
@@ -262,6 +263,11 @@ def rate(case: Case, per_second: float) -> str:
     """A rate with its unit."""
     unit = "GB/s" if case.benchmark.moved else "GFLOP/s"
     return f"{per_second / 1e9:.{1 if per_second < 1e11 else 0}f} {unit}"
+
+
+def randn(*shape: int, dtype: torch.dtype, device: str, grad: bool = True) -> Tensor:
+    """Normal random numbers, made where they are used: a CPU takes seconds for what a GPU reads in microseconds."""
+    return torch.randn(shape, dtype=dtype, device=device).requires_grad_(grad)
 
 
 def liger(module: str, function: str, *options) -> Callable:

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops
-from pyllm.benchmarks.measure import Benchmark, Workload, liger, operator_workload
-from pyllm.testing import randn
+from pyllm.benchmarks.measure import Benchmark, Workload, liger, operator_workload, randn
 
 
 def _eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

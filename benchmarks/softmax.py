@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pyllm import ops, reference
-from pyllm.benchmarks.measure import Benchmark, Workload, liger, operator_workload
-from pyllm.testing import randn
+from pyllm.benchmarks.measure import Benchmark, Workload, liger, operator_workload, randn
 
 
 def _build(name: str, shape, dtype: torch.dtype, device: str, is_causal: bool = False) -> Workload:

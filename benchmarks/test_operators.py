@@ -23,7 +23,7 @@ def test_speed(benchmark, case, implementation):
         assert results[0].problem is None
         benchmark.extra_info |= {"machine": timing.machine(DEVICE), "paired": [r.row() for r in results]}
     workload = case.workload()
-    call = workload.calls.get(implementation) or measure.fresh_compile(workload.calls["eager"])
+    call = workload.calls.get(implementation) or workload.peer(implementation)
     timed = measure.staged(call, workload.leaves, case.direction)
 
     def finished():

@@ -1,5 +1,6 @@
 """Loads the compiled libraries, if they are there; at import the CPU's only, and no CUDA call is made."""
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -12,12 +13,17 @@ PATH = Path(__file__).parent / "libpyllm_cpu.so"
 CUDA_PATH = Path(__file__).parent / "libpyllm_cuda.so"
 
 
-def _load(path: Path) -> str | None:
-    """Registers the operators of a compiled library; returns why that failed, or None."""
+def _load(path: Path, shared: Path | None = None) -> str | None:
+    """Registers the operators of a compiled library; returns why that failed, or None.
+
+    shared: a library that it takes symbols from without naming it.
+    """
     try:
+        if shared is not None:
+            ctypes.CDLL(str(shared), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(path))
     except OSError as problem:
-        return f"{path.name} does not load: {problem}"
+        return f"{path.name} does not load: {problem.__cause__ or problem}"  # PyTorch wraps the linker's words
     return None
 
 
@@ -48,7 +54,9 @@ def _cuda_library_error() -> str | None:
         )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device: see nvidia-smi and CUDA_VISIBLE_DEVICES"
-    return _load(CUDA_PATH)
+    # It is also built beside a PyTorch without CUDA, so it names no library of CUDA PyTorch. That is in the process by
+    # now, but for PyTorch alone.
+    return _load(CUDA_PATH, shared=Path(torch.__file__).parent / "lib" / "libtorch_cuda.so")
 
 
 def _unserved(device: torch.device) -> str | None:
