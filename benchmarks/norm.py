@@ -28,16 +28,18 @@ def _eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, dropout_p: 
     return F.rms_norm(z, z.shape[-1:], weight), z
 
 
-# (x, weight, bias, eps) and (x, weight, eps, offset, casting as Llama does, gradient in place of dy).
+# After the tensors: eps, and for rms_norm an offset of the weight, casts as Llama's, no gradient in the place of dy.
 _LIGER = {
     "layer_norm": liger("layer_norm", "LigerLayerNormFunction", 1e-5),
     "rms_norm": liger("rms_norm", "LigerRMSNormFunction", 1e-6, 0.0, "llama", False),
+    "add_rms_norm": liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction", 1e-6, 0.0, "llama", False),
 }
 
 
-def _build(function, eager, names, shape, dtype: torch.dtype, device: str, **options) -> Workload:
+def _build(function, eager, names, shape, dtype: torch.dtype, device: str, dropout_p: float | None = None) -> Workload:
     inputs = {n: randn(*(shape if n in ("x", "residual") else shape[1:]), dtype=dtype, device=device) for n in names}
-    peers = {"liger": _LIGER[function.__name__]} if function.__name__ in _LIGER else {}
+    options = {} if dropout_p is None else {"dropout_p": dropout_p}
+    peers = {} if dropout_p or function.__name__ not in _LIGER else {"liger": _LIGER[function.__name__]}
     return operator_workload(partial(function, **options), partial(eager, **options), inputs, peers=peers)
 
 
