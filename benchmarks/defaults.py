@@ -68,7 +68,7 @@ def rows(benchmark: Benchmark, dtype: str, direction: str, device: str, console,
     for shape, width, elements in regions(benchmark.grid, 2**14 if quick else MOST_ELEMENTS[device]):
         cases = [Case(benchmark, shape, dtype, direction, variant, device) for variant in benchmark.variants]
         times = [_times(case, [name for name in able if _right(case, name, console)], quick) for case in cases]
-        decided = decide([t for t in times if t is not None])
+        decided = decide(able, [t for t in times if t is not None])
         if decided is not None:
             name, ratio, rival = decided
             made.append(Row(*key, width, elements, name, round(ratio, 3), rival, source))
@@ -120,12 +120,10 @@ def _times(case: Case, names: Sequence[str], quick: bool) -> timing.Timing | Non
         return timing.paired(calls, case.device, 3 if quick else 5, 1e-3 if quick else 1e-2, end_to_end)
 
 
-def decide(times: Sequence[timing.Timing]) -> tuple[str, float, str] | None:
-    """(backend, ratio, rival) of a row from the times of its cases, each with the preferred backend first."""
-    if not times:
-        return None
-    default = next(iter(times[0].ratio))
-    compared = [t for t in times if next(iter(t.ratio)) == default]
+def decide(preferred: Sequence[str], times: Sequence[timing.Timing]) -> tuple[str, float, str] | None:
+    """(backend, ratio, rival) of a row from the times of its cases, whose backends are in the order of preference."""
+    default = next((name for name in preferred if any(name in t.ratio for t in times)), None)
+    compared = [t for t in times if default in t.ratio]
     ratios: dict[str, list[float]] = {}
     faster: dict[str, bool] = {}
     for t in compared:

@@ -4,6 +4,7 @@ python -m pyllm.benchmarks.exercise --device cuda
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -30,11 +31,12 @@ def able(device: str) -> list[str]:
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Case]:
+    """bf16 at every edge, fp32 at the first; quick: fp32, tiny."""
     for benchmark in BENCHMARKS:
-        for shape in [benchmark.tiny] if quick else EDGES[len(benchmark.tiny)]:
-            for dtype in ("fp32",) if quick else ("bf16", "fp32"):
-                for variant in benchmark.variants:
-                    yield Case(benchmark, shape, dtype, benchmark.passes[-1], variant, device)
+        first, *others = [benchmark.tiny] if quick else EDGES[len(benchmark.tiny)]
+        sizes = [("fp32", first)] if quick else [("fp32", first), ("bf16", first), *(("bf16", s) for s in others)]
+        for (dtype, shape), variant in itertools.product(sizes, benchmark.variants):
+            yield Case(benchmark, shape, dtype, benchmark.passes[-1], variant, device)
 
 
 def run(case: Case, backend: str) -> list[Tensor] | None:

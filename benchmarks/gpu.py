@@ -222,9 +222,11 @@ def _measured(run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_en
     if run.quick:
         planned = list({case.benchmark.name: case for case in planned}.values())
     results: list[Result] = []
+    missing = len(planned)
     for case in planned:
         if run.left() < 0:
             break
+        missing -= 1
         shape = case.benchmark.tiny if run.quick else case.shape
         placed = Case(case.benchmark, shape, case.dtype, case.direction, case.variant, run.device)
         chosen = [peer for peer in peers if not run.quick or peer not in ("compile", "flex")]
@@ -237,11 +239,10 @@ def _measured(run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_en
         console.print(report.overhead_table(results) if end_to_end else report.table(results))
     lines = told.get().splitlines()
     lines += dict.fromkeys(f"not measured: {name}: {why}" for r in results for name, why in r.refused.items())
-    complete = len(results) == len(planned)
-    if not complete:
-        lines.append(f"out of time: {len(results)} of {len(planned)} cases measured")
+    if missing:
+        lines.append(f"out of time: {missing} of {len(planned)} cases are missing")
     red = any(result.problem for result in results)
-    return Report("ok" if complete and not red else "failed", lines, [result.row() for result in results])
+    return Report("failed" if missing or red else "ok", lines, [result.row() for result in results])
 
 
 PARTS: dict[str, Callable[[Run], Report]] = {

@@ -186,10 +186,11 @@ def measure(
             peer = workload.peer(name)
             if peer is not None:
                 try:
-                    calls[name] = staged(peer, workload.leaves, case.direction)
-                    calls[name]()
+                    with torch.set_grad_enabled(case.direction != "forward"):
+                        timed = staged(peer, workload.leaves, case.direction)
+                        timed()
+                    calls[name] = timed
                 except Exception as error:  # not installed, not for this shape or device, or whatever a peer may raise
-                    calls.pop(name, None)
                     refused[name] = first_line(error)
         for warm in (False, True) if large else (False,):
             if large and not timing.warm_allocator(16 * size if warm else 0) and warm:

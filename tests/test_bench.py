@@ -94,6 +94,37 @@ def test_drift_cancels_and_the_ratio_is_paired(monkeypatch):
     assert times.ratio["pyllm"] == pytest.approx((3.0 + drift) / (2.0 + drift))
 
 
+class Event:
+    """A CUDA event on a clock that calls and erasures set forward."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_gpu_clocks(monkeypatch):
+    def advance(milliseconds):
+        Event.now += milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    synchronized = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronized.append(True))
+    monkeypatch.setattr(timing, "_l2_eraser", lambda: type("Cache", (), {"zero_": lambda _: advance(100.0)})())
+    assert timing.seconds(lambda: advance(2.0), "cuda", 5) == pytest.approx(2e-3)
+    calls = []
+    assert 0 < timing._gpu_wall_seconds(lambda: calls.append(True), 7) < 1e-2
+    assert len(calls) == 7 and len(synchronized) == 3
+    times = timing.paired({"eager": lambda: advance(3.0), "pyllm": lambda: advance(2.0)}, "cuda", rounds=3, slot=1e-6)
+    assert times.ratio["pyllm"] == pytest.approx(1.5) and times.seconds["pyllm"] == pytest.approx(2e-3)
+
+
 def test_a_red_case_has_no_time(monkeypatch, capsys):
     wrong = Implementation(lambda x, *options: 1.01 * torch.softmax(x, -1))
     monkeypatch.setitem(SOFTMAX.implementations, "torch", wrong)

@@ -97,6 +97,8 @@ def test_a_compiled_graph_follows_the_table(measured):
         assert torch.equal(compiled(x), function(x)), rows
         counts.append(graphs.frame_count)
     assert counts == [1, 1, 1, 2, 2, 2, 2], "one graph for each side of the bracket"
+    with torch.no_grad():
+        assert torch.equal(compiled(x), function(x)) and graphs.frame_count == 3, "one for the other pass"
 
 
 def test_the_committed_table_is_one_that_select_can_follow():

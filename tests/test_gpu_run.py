@@ -60,6 +60,26 @@ def test_a_part_out_of_time_tells_what_it_has(run):
     )
 
 
+def test_a_case_that_fails_is_recorded_and_the_others_are_measured(run, monkeypatch):
+    def measure(case, *rest):
+        if case.benchmark.name == "softmax":
+            raise MemoryError("no memory\nat all")
+        return real(case, *rest)
+
+    real = gpu.measure
+    monkeypatch.setattr(gpu, "measure", measure)
+    one = gpu.softmaxes(run)
+    assert one.state == "failed"
+    assert {row["op"]: row["problem"] for row in one.rows} == {"softmax": "MemoryError: no memory", "log_softmax": None}
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--root", str(ROOT)])
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
 def test_runs_that_differ_are_found(run, monkeypatch):
     monkeypatch.setattr(exercise, "run", lambda case, backend: [gpu.torch.rand(3)])
     one = gpu.races(run)
