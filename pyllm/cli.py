@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, what can be used, and why anything is missing")
     _add_bench(commands.add_parser("bench", help="measure operators and layers against PyTorch on this machine"))
-    _add_tune(commands.add_parser("tune", help="measure tiles of attention's Triton kernels on this machine's GPU"))
+    _add_tune(
+        commands.add_parser("tune", help="measure this machine's tiles for the Triton attention, or default backends")
+    )
     arguments = parser.parse_args(argv)
     if arguments.command == "tune":
         return _tune(arguments, parser)
@@ -63,7 +65,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Times the tiles that fit this GPU against the shipped ones, on right numbers only, and keeps what is faster "
-        "in attention_tiles.json in pyllm's cache directory (XDG_CACHE_HOME). Delete that file to be as shipped again."
+        "in attention_tiles.json in pyllm's cache directory (XDG_CACHE_HOME). Delete that file to be as shipped again. "
+        "With --emit: times every backend instead, and writes which is the fastest."
     )
     parser.add_argument(
         "--step", action="append", choices=("fwd", "key", "query", "decode"), help="default: all passes"
