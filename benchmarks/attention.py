@@ -106,8 +106,11 @@ def _lengths(batch: int, longest: int) -> list[int]:
     return [max(1, longest * (2 * i + 1) // (2 * batch)) for i in range(batch)]
 
 
-def _build_packed(shape, dtype: torch.dtype, device: str) -> Workload:
-    """On a padded batch: packing and unpacking are part of the packed call."""
+def _build_packed(shape, dtype: torch.dtype, device: str, layers: int = 1) -> Workload:
+    """On a padded batch: packing and unpacking are part of the packed call, once for all layers.
+
+    A layer's output is the query of the next one.
+    """
     batch, heads, longest, dim = shape
     lengths = _lengths(batch, longest)
     padding = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
@@ -116,26 +119,27 @@ def _build_packed(shape, dtype: torch.dtype, device: str) -> Workload:
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
     def packed(**tensors: Tensor) -> Tensor:
-        rows = (x.transpose(1, 2).flatten(0, 1).index_select(0, kept) for x in tensors.values())
-        out = ops.attention_varlen(*rows, bounds, bounds)
+        out, *rows = (x.transpose(1, 2).flatten(0, 1).index_select(0, kept) for x in tensors.values())
+        for _ in range(layers):
+            out = ops.attention_varlen(out, *rows, bounds, bounds)
         full = out.new_zeros(batch * longest, heads, dim).index_copy(0, kept, out)
         return full.view(batch, longest, heads, dim).transpose(1, 2)
 
     unused = padding[:, None, :, None]
 
-    def eager(**tensors: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(**tensors, attn_mask=~padding[:, None, None, :])
-        return out.masked_fill(unused, 0.0)
+    def stacked(attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for _ in range(layers):
+            query = attend(query, key, value)
+        return query.masked_fill(unused, 0.0)
 
-    def padded(**tensors: Tensor) -> Tensor:
-        return ops.attention(**tensors, key_padding_mask=padding).masked_fill(unused, 0.0)
-
+    eager = partial(stacked, partial(F.scaled_dot_product_attention, attn_mask=~padding[:, None, None, :]))
+    padded = partial(stacked, partial(ops.attention, key_padding_mask=padding))
     return operator_workload(packed, eager, inputs, {"padded": padded})
 
 
-def _flops_packed(shape) -> tuple[float, float]:
+def _flops_packed(shape, layers: int = 1) -> tuple[float, float]:
     batch, heads, longest, dim = shape
-    forward = 4 * heads * dim * sum(length**2 for length in _lengths(batch, longest))
+    forward = 4 * heads * dim * layers * sum(length**2 for length in _lengths(batch, longest))
     return forward, 2.5 * forward
 
 
@@ -192,6 +196,7 @@ BENCHMARKS = (
         build=_build_packed,
         small=lambda shape: (min(shape[0], 4), min(shape[1], 2), min(shape[2], 512), shape[3]),
         flops=_flops_packed,
+        variants={"": {}, "6 layers": {"layers": 6}},
     ),
     Benchmark(
         name="attention_decode",

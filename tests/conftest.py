@@ -41,7 +41,7 @@ def nan_filled_outputs():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--ledger", metavar="FILE", help="write each file's worst error ratio by target (not with -n)")
+    parser.addoption("--ledger", metavar="FILE", help="write each file's worst error ratio by target")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,14 +62,24 @@ def pytest_runtest_call(item):
     result = yield
     target = getattr(item, "callspec", None) and item.callspec.params.get("target")
     if target and pyllm.testing.observed:
-        key = f"{item.path.stem} {target[0]} {target[1]}"
-        worst = item.config.worst_ratio
-        worst[key] = max(worst.get(key, 0.0), *pyllm.testing.observed)
+        _note(item.config, {f"{item.path.stem} {target[0]} {target[1]}": max(pyllm.testing.observed)})
     return result
 
 
+def _note(config, ratios: dict[str, float]) -> None:
+    for key, ratio in ratios.items():
+        config.worst_ratio[key] = max(config.worst_ratio.get(key, 0.0), ratio)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _note(node.config, getattr(node, "workeroutput", {}).get("worst_ratio", {}))
+
+
 def pytest_sessionfinish(session):
-    path = session.config.getoption("--ledger")
-    if path:
-        lines = [f"{key} {ratio:.2f}" for key, ratio in sorted(session.config.worst_ratio.items())]
+    config, path = session.config, session.config.getoption("--ledger")
+    if hasattr(config, "workeroutput"):  # a worker of xdist
+        config.workeroutput["worst_ratio"] = config.worst_ratio
+    elif path:
+        lines = [f"{key} {ratio:.2f}" for key, ratio in sorted(config.worst_ratio.items())]
         pathlib.Path(path).write_text("\n".join(lines) + "\n")

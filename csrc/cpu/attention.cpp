@@ -198,29 +198,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dquery = new_like(query), dkey = new_like(key), dvalue = new_like(value);
   const int64_t parts = parts_of(call), keys = args.batches * args.sk, summed = 2 * args.biases.reach + 1;
   const ScalarType statistics = statistics_type(query);
-  Tensor partials = uninitialised(query, {args.kv_heads, parts, 2, keys, padded_width(query)}, statistics);
+  const bool single = parts == 1;
+  Tensor partials = uninitialised(query, {single ? 0 : args.kv_heads, parts, 2, keys, padded_width(query)}, statistics);
   Tensor bias_partials = uninitialised(query, {bias_gradient ? args.heads : 0, args.count * parts, summed}, statistics);
   const AttentionBackward backward{.call = args,
                                    .out = heads_of(out),
                                    .dout = heads_of(dout),
                                    .dquery = heads_of(dquery),
+                                   .dkey = heads_of(dkey),
+                                   .dvalue = heads_of(dvalue),
                                    .lse = lse.data_ptr(),
                                    .dlse = dlse.has_value() ? dlse->data_ptr() : nullptr,
-                                   .partials = partials.data_ptr(),
+                                   .partials = single ? nullptr : partials.data_ptr(),
                                    .bias_partials = bias_gradient ? bias_partials.data_ptr() : nullptr,
                                    .parts = parts};
   run_tasks(pick_attention_bwd(), backward, args.count * args.kv_heads * parts, call.work());
 
-  const KeyGradient sums{.partials = partials.data_ptr(),
-                         .dkey = heads_of(dkey),
-                         .dvalue = heads_of(dvalue),
-                         .keys = keys,
-                         .parts = parts,
-                         .sk = args.sk,
-                         .dim = args.dim,
-                         .scale = scale};
-  parallel_for(0, args.kv_heads * keys, rows_per_task(args.dim),
-               [&, kernel = pick_attention_key_gradient()](int64_t begin, int64_t end) { kernel(sums, begin, end); });
+  if (!single) {
+    const KeyGradient sums{.partials = partials.data_ptr(),
+                           .dkey = heads_of(dkey),
+                           .dvalue = heads_of(dvalue),
+                           .keys = keys,
+                           .parts = parts,
+                           .sk = args.sk,
+                           .dim = args.dim,
+                           .scale = scale};
+    parallel_for(0, args.kv_heads * keys, rows_per_task(args.dim),
+                 [&, kernel = pick_attention_key_gradient()](int64_t begin, int64_t end) { kernel(sums, begin, end); });
+  }
 
   Tensor dbias = bias_gradient ? uninitialised(*distance_bias, distance_bias->sizes()) : uninitialised(query, {0});
   if (bias_gradient) {

@@ -77,14 +77,14 @@ struct AttentionForward {
   int64_t block_count;
 };
 
-// The (head of the group, query block) pairs of a sequence and key head are dealt out to `parts` tasks; each writes its
-// sums of the gradients of key and value to its own part of `partials` (Hkv, parts, 2, B * Sk, padded width), and of
-// the bias to `bias_partials` (H, sequences, parts, 2 * reach + 1).
+// The (head of the group, query block) pairs of a sequence and key head are dealt out to `parts` tasks. A single one
+// writes the gradients of key and value; of several each writes its sums to its own part of `partials`
+// (Hkv, parts, 2, B * Sk, padded width). The bias's sums go to `bias_partials` (H, sequences, parts, 2 * reach + 1).
 struct AttentionBackward {
   Attention call;
-  Heads out, dout, dquery;
+  Heads out, dout, dquery, dkey, dvalue;
   const void *lse, *dlse;          // (B, H, Sq); dlse may be null
-  void *partials, *bias_partials;  // bias_partials: null if not asked for
+  void *partials, *bias_partials;  // null: a single part; not asked for
   int64_t parts;
 };
 

@@ -238,6 +238,16 @@ void sum_by_distance(const Attention& call, const Block& block, int64_t key, int
   totals[2 * reach] += above;
 }
 
+// to[i] = scale * the sum over the parts of from[part * stride + i], for i below n
+template <class C, class T>
+void sum_parts(const C* from, int64_t parts, int64_t stride, int64_t n, C scale, T* to) {
+  for_vectors<C>(n, [&](int64_t i, int count) {
+    Vec<C> total{};
+    for (int64_t part = 0; part < parts; ++part) total += load(from + part * stride + i, count);
+    store(to + i, total * scale, count);
+  });
+}
+
 template <class T>
 void backward(const AttentionBackward& args, int64_t task) {
   using C = Compute<T>;
@@ -246,9 +256,15 @@ void backward(const AttentionBackward& args, int64_t task) {
   const int64_t part = task % args.parts, key_head = task / args.parts % call.kv_heads;
   const Sequence& sequence = call.sequences[task / args.parts / call.kv_heads];
   const int64_t blocks = blocks_of(sequence.sq), keys_of_all = call.batches * call.sk;
-  C* dkey = static_cast<C*>(args.partials) +
-            ((key_head * args.parts + part) * 2 * keys_of_all + sequence.batch * call.sk + sequence.key) * width;
-  C* dvalue = dkey + keys_of_all * width;
+  C *dkey, *dvalue;
+  if (args.partials == nullptr) {
+    dkey = scratch<C, 5>(2 * sequence.sk * width);
+    dvalue = dkey + sequence.sk * width;
+  } else {
+    dkey = static_cast<C*>(args.partials) +
+           ((key_head * args.parts + part) * 2 * keys_of_all + sequence.batch * call.sk + sequence.key) * width;
+    dvalue = dkey + keys_of_all * width;
+  }
   std::memset(dkey, 0, sequence.sk * width * sizeof(C));
   std::memset(dvalue, 0, sequence.sk * width * sizeof(C));
   const int64_t distances = 2 * call.biases.reach + 1;
@@ -293,16 +309,15 @@ void backward(const AttentionBackward& args, int64_t task) {
                      [&](int64_t i, int count) { store(to + i, load(dquery + row * width + i) * scale, count); });
     }
   }
-}
-
-// to[i] = scale * the sum over the parts of from[part * stride + i], for i below n
-template <class C, class T>
-void sum_parts(const C* from, int64_t parts, int64_t stride, int64_t n, C scale, T* to) {
-  for_vectors<C>(n, [&](int64_t i, int count) {
-    Vec<C> total{};
-    for (int64_t part = 0; part < parts; ++part) total += load(from + part * stride + i, count);
-    store(to + i, total * scale, count);
-  });
+  if (args.partials != nullptr) return;
+  for (int64_t key = 0; key < sequence.sk; ++key) {
+    const auto write = [&](const Heads& to, const C* from, double scale) {
+      sum_parts(from + key * width, 1, 0, call.dim, static_cast<C>(scale),
+                to.at<T>(sequence.batch, key_head, sequence.key + key));
+    };
+    write(args.dkey, dkey, call.scale);
+    write(args.dvalue, dvalue, 1.0);
+  }
 }
 
 template <class T>
