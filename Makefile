@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: help install demo test bench lint format check-triton gpu wheel lock clean
+.PHONY: help install demo test bench lint format check-triton wheel lock clean
 
 help:
 	@echo "make demo          train a small GPT with pyllm's layers beside torch.nn's"
@@ -13,8 +13,8 @@ help:
 	@echo "make install       set up .venv and build the extension"
 	@echo "make lint          ruff, clang-format"
 	@echo "make check-triton  compile every Triton kernel ahead of time; fail on spills"
-	@echo "make gpu OUT=dir   on a machine with a GPU: build, tests, sanitizer, races, benchmarks against peers"
 	@echo "make wheel         build a wheel into dist/"
+	@echo "make gpu OUT=dir   on a machine with a GPU: build, tests, sanitizer, races, benchmarks against peers"
 
 install: .venv/built
 
@@ -50,18 +50,6 @@ format: .venv/installed
 check-triton: install
 	$(BIN)/python -m pyllm.kernels.aot --out docs/triton.md
 
-# Without .venv and without network: PYTHON has PyTorch, Triton and what pyproject.toml lists for builds and tests; what
-# it lacks may lie in .whl/. A build that was carried here, pyllm/*.so, is taken as it is. PART: one or more parts.
-SITE := build/site
-OUT ?= results/gpu
-CARRIED = $(and $(wildcard pyllm/libpyllm_cpu.so),$(wildcard pyllm/libpyllm_cuda.so))
-gpu:
-	$(PYTHON) setup.py --quiet build_py --force --build-lib $(SITE)
-	$(if $(CARRIED),cp pyllm/*.so $(SITE)/pyllm/,PYLLM_CUDA=1 $(PYTHON) setup.py --quiet build_ext --build-lib $(SITE))
-	$(if $(wildcard .whl),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(SITE) .whl/*.whl)
-	cd $(SITE) && $(PYTHON) -m pyllm.benchmarks.gpu --out $(abspath $(OUT)) --root $(CURDIR) \
-	  $(addprefix --part ,$(PART)) $(GPU_ARGS)
-
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
@@ -77,3 +65,16 @@ CUDA_PARTS := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cu
 
 clean:
 	rm -rf build dist results .pytest_cache pyllm/*.so
+
+# Without .venv and without network: PYTHON has PyTorch, Triton and what pyproject.toml lists for builds and tests; what
+# it lacks may lie in .whl/. A build that was carried here, pyllm/*.so, is taken as it is. PART: one or more parts.
+SITE := build/site
+OUT ?= results/gpu
+CARRIED = $(and $(wildcard pyllm/libpyllm_cpu.so),$(wildcard pyllm/libpyllm_cuda.so))
+.PHONY: gpu
+gpu:
+	$(PYTHON) setup.py --quiet build_py --force --build-lib $(SITE)
+	$(if $(CARRIED),cp pyllm/*.so $(SITE)/pyllm/,PYLLM_CUDA=1 $(PYTHON) setup.py --quiet build_ext --build-lib $(SITE))
+	$(if $(wildcard .whl),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(SITE) .whl/*.whl)
+	cd $(SITE) && $(PYTHON) -m pyllm.benchmarks.gpu --out $(abspath $(OUT)) --root $(CURDIR) \
+	  $(addprefix --part ,$(PART)) $(GPU_ARGS)
