@@ -13,6 +13,7 @@ import torch
 
 import pyllm
 import pyllm.testing
+from pyllm.backend import CannotRun
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 TARGETS = [
@@ -59,8 +60,13 @@ def pytest_configure(config):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     pyllm.testing.observed.clear()
-    result = yield
     target = getattr(item, "callspec", None) and item.callspec.params.get("target")
+    try:
+        result = yield
+    except CannotRun as refusal:
+        if target == ("native", "cuda"):  # which has neither all operators nor float64; test_cuda.py says what it has
+            pytest.skip(str(refusal))
+        raise
     if target and pyllm.testing.observed:
         _note(item.config, {f"{item.path.stem} {target[0]} {target[1]}": max(pyllm.testing.observed)})
     return result

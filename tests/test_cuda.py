@@ -9,12 +9,18 @@ from test_rows import NAMES, call_of, outputs_and_gradients
 
 import pyllm
 from pyllm import ops
-from pyllm.backend import use_backend
+from pyllm.backend import refusal, use_backend
 from pyllm.testing import check
 
 KERNELS = [t for t in TARGETS if t.values[0][1] == "cuda" and t.values[0][0] in ("native", "triton")]
 
 pytestmark = pytest.mark.parametrize("target", KERNELS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_row_operator_is_served(target, name, dtype):
+    assert refusal(name, target[0], torch.device("cuda"), dtype) is None
 
 
 @pytest.mark.parametrize("name", NAMES)

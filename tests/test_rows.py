@@ -55,3 +55,20 @@ def test_tensors_that_begin_anywhere(target, name, width, dtype):
         return torch.cat([t.detach().flatten()[:1], t.detach().flatten()])[1:].view(t.shape).requires_grad_()
 
     check(function, {n: shifted(t) for n, t in inputs.items()}, backend)
+
+
+def test_compiles_whole_with_dynamic_shapes(target):
+    backend, device = target
+
+    def every_call(**inputs):
+        y, z = ops.add_layer_norm(**inputs)
+        y, z = ops.add_rms_norm(ops.layer_norm(y), ops.rms_norm(z), inputs["weight"])
+        return (ops.softmax(y, scale=0.5) + ops.log_softmax(z, is_causal=True)[:, :1]).square().sum()
+
+    with use_backend(backend):
+        compiled = torch.compile(every_call, fullgraph=True, dynamic=True, backend="aot_eager")
+        for rows in (3, 8):
+            _, inputs = call_of("add_layer_norm", rows, 40, device, torch.float32)
+            losses = [function(**inputs) for function in (every_call, compiled)]
+            eager, traced = ((loss, *torch.autograd.grad(loss, list(inputs.values()))) for loss in losses)
+            assert all(torch.equal(e, t) for e, t in zip(eager, traced, strict=True))
