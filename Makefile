@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv with the versions of requirements.lock, and the extension, built by ninja.
-# Variables: PYTHON (interpreter that .venv is made from), PYTEST_ARGS.
+# Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, OUT, PART, GPU_ARGS.
 PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
@@ -14,6 +14,7 @@ help:
 	@echo "make lint          ruff, clang-format"
 	@echo "make check-triton  compile every Triton kernel ahead of time; fail on spills"
 	@echo "make wheel         build a wheel into dist/"
+	@echo "make gpu OUT=dir   on a machine with a GPU: build, tests, sanitizer, races, benchmarks against peers"
 
 install: .venv/built
 
@@ -64,3 +65,16 @@ CUDA_PARTS := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cu
 
 clean:
 	rm -rf build dist results .pytest_cache pyllm/*.so
+
+# Without .venv and without network: PYTHON has PyTorch, Triton and what pyproject.toml lists for builds and tests; what
+# it lacks may lie in .whl/. A build that was carried here, pyllm/*.so, is taken as it is. PART: one or more parts.
+SITE := build/site
+OUT ?= results/gpu
+CARRIED = $(and $(wildcard pyllm/libpyllm_cpu.so),$(wildcard pyllm/libpyllm_cuda.so))
+.PHONY: gpu
+gpu:
+	$(PYTHON) setup.py --quiet build_py --force --build-lib $(SITE)
+	$(if $(CARRIED),cp pyllm/*.so $(SITE)/pyllm/,PYLLM_CUDA=1 $(PYTHON) setup.py --quiet build_ext --build-lib $(SITE))
+	$(if $(wildcard .whl),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(SITE) .whl/*.whl)
+	cd $(SITE) && $(PYTHON) -m pyllm.benchmarks.gpu --out $(abspath $(OUT)) --root $(CURDIR) \
+	  $(addprefix --part ,$(PART)) $(GPU_ARGS)
