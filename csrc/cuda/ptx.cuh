@@ -1,0 +1,266 @@
+// What the kernels ask of the device beyond C++: memory accesses, shared memory, warps, barriers, clusters, launches.
+// The only file with inline PTX, and the only one that knows of the model on the host: compiled by another compiler
+// than nvcc, the same names come from tests/cuda_host.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace pyllm::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr int kPortableCluster = 8;  // blocks of a cluster that every device with clusters takes
+
+// A launch in one dimension. `grid` is in blocks and a multiple of `cluster`.
+struct Launch {
+  int64_t grid;
+  int block;
+  int cluster = 1;
+  int shared_bytes = 0;
+};
+
+enum class Load {
+  read_only,  // nobody writes there during the kernel
+  streaming,  // likewise, and it is not read again
+  coherent
+};
+enum class Store { plain, streaming };
+
+// An access to an aligned T of 1, 2, 4, 8 or 16 bytes.
+template <class T>
+inline constexpr bool kOneAccess = std::is_trivially_copyable_v<T> && alignof(T) == sizeof(T) && sizeof(T) <= 16;
+
+}  // namespace pyllm::cuda
+
+#ifdef __CUDACC__
+
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace pyllm::cuda {
+
+// --- global memory ---
+
+namespace detail {
+template <int bytes>
+using Word = std::conditional_t<
+    bytes == 1, unsigned char,
+    std::conditional_t<bytes == 2, unsigned short,
+                       std::conditional_t<bytes == 4, unsigned, std::conditional_t<bytes == 8, uint2, uint4>>>>;
+}  // namespace detail
+
+template <Load kind = Load::read_only, class T>
+__device__ __forceinline__ T load(const T* pointer) {
+  static_assert(kOneAccess<T>);
+  const auto* word = reinterpret_cast<const detail::Word<sizeof(T)>*>(pointer);
+  if constexpr (kind == Load::read_only) {
+    return __builtin_bit_cast(T, __ldg(word));
+  } else if constexpr (kind == Load::streaming) {
+    return __builtin_bit_cast(T, __ldcs(word));
+  } else {
+    return __builtin_bit_cast(T, __ldca(word));
+  }
+}
+
+template <Store kind = Store::plain, class T>
+__device__ __forceinline__ void store(T* pointer, const std::type_identity_t<T>& value) {
+  static_assert(kOneAccess<T>);
+  using Word = detail::Word<sizeof(T)>;
+  if constexpr (kind == Store::streaming) {
+    __stcs(reinterpret_cast<Word*>(pointer), __builtin_bit_cast(Word, value));
+  } else {
+    __stwb(reinterpret_cast<Word*>(pointer), __builtin_bit_cast(Word, value));  // a plain store may be taken apart
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T atomic_add(T* pointer, std::type_identity_t<T> value) {
+  return atomicAdd(pointer, value);
+}
+
+// --- shared memory ---
+
+// `count` elements of the block's dynamic shared memory. One is read into a T, not into auto: the host checks it there.
+template <class T>
+class Shared {
+ public:
+  __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
+  __device__ __forceinline__ T& operator[](int64_t index) const { return data_[index]; }
+
+ private:
+  T* data_;
+};
+
+template <class T>
+__device__ __forceinline__ Shared<T> shared_memory(int byte_offset, int64_t /*count*/) {
+  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+  return Shared<T>(reinterpret_cast<T*>(dynamic_shared_memory + byte_offset));
+}
+
+// --- warps and blocks ---
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
+
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane, unsigned mask = kAllLanes) {
+  return __shfl_sync(mask, value, lane);
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int lane_mask, unsigned mask = kAllLanes) {
+  return __shfl_xor_sync(mask, value, lane_mask);
+}
+
+__device__ __forceinline__ unsigned vote_ballot(bool predicate, unsigned mask = kAllLanes) {
+  return __ballot_sync(mask, predicate);
+}
+
+__device__ __forceinline__ bool vote_any(bool predicate, unsigned mask = kAllLanes) {
+  return __any_sync(mask, predicate) != 0;
+}
+
+__device__ __forceinline__ bool vote_all(bool predicate, unsigned mask = kAllLanes) {
+  return __all_sync(mask, predicate) != 0;
+}
+
+// T: int or unsigned.
+template <class T>
+__device__ __forceinline__ T reduce_add(T value, unsigned mask = kAllLanes) {
+  return __reduce_add_sync(mask, value);
+}
+
+template <class T>
+__device__ __forceinline__ T reduce_max(T value, unsigned mask = kAllLanes) {
+  return __reduce_max_sync(mask, value);
+}
+
+__device__ __forceinline__ void sync_warp(unsigned mask = kAllLanes) { __syncwarp(mask); }
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+
+// Barrier `id`, 1 to 15, of as many threads, in whole warps.
+__device__ __forceinline__ void sync_named(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+
+// --- clusters; a device without them launches single blocks only ---
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ int cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
+
+template <class T>
+__device__ __forceinline__ T& remote(Shared<T> shared, int64_t index, int) {
+  return shared[index];
+}
+#else
+__device__ __forceinline__ int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
+__device__ __forceinline__ int cluster_size() { return static_cast<int>(__clusterSizeInBlocks()); }
+__device__ __forceinline__ void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ __forceinline__ void cluster_wait() { __cluster_barrier_wait(); }
+
+template <class T>
+__device__ __forceinline__ T& remote(Shared<T> shared, int64_t index, int rank) {
+  return *static_cast<T*>(__cluster_map_shared_rank(&shared[index], static_cast<unsigned>(rank)));
+}
+#endif
+
+// The same element of another block's shared memory.
+template <class T>
+__device__ __forceinline__ T load_remote(Shared<T> shared, int64_t index, int rank) {
+  return remote(shared, index, rank);
+}
+
+template <class T>
+__device__ __forceinline__ void store_remote(Shared<T> shared, int64_t index, int rank, std::type_identity_t<T> value) {
+  remote(shared, index, rank) = value;
+}
+
+// --- approximations; results and arguments below the normal range are 0 ---
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// --- launches, from the host ---
+
+using Stream = cudaStream_t;
+
+namespace detail {
+// Throws if a call for a kernel failed, and names the kernel with its template arguments.
+inline void check(cudaError_t error, const void* kernel) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that the next call does not report it
+  const char* symbol = nullptr;
+  std::string name = "a kernel";
+  if (cudaFuncGetName(&symbol, kernel) == cudaSuccess) {
+    char* readable = abi::__cxa_demangle(symbol, nullptr, nullptr, nullptr);
+    name = readable != nullptr ? readable : symbol;
+    std::free(readable);
+  }
+  throw std::runtime_error("pyllm: " + name + ": " + cudaGetErrorString(error));
+}
+}  // namespace detail
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), const Launch& shape, Stream stream, Args&&... args) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  constexpr int kSharedWithoutAsking = 48 << 10;
+  if (shape.shared_bytes > kSharedWithoutAsking)
+    detail::check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
+                  function);
+  if (shape.cluster > kPortableCluster)
+    detail::check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), function);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.grid));
+  config.blockDim = dim3(static_cast<unsigned>(shape.block));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  detail::check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), function);
+}
+
+}  // namespace pyllm::cuda
+
+#else
+#include "cuda_host/ptx.h"
+#endif
+
+namespace pyllm::cuda {
+
+// A vector access: as load and store, for what should not be taken apart.
+template <Load kind = Load::read_only, class V>
+__device__ __forceinline__ V load_vector(const V* pointer) {
+  return load<kind>(pointer);
+}
+
+template <Store kind = Store::plain, class V>
+__device__ __forceinline__ void store_vector(V* pointer, const std::type_identity_t<V>& value) {
+  store<kind>(pointer, value);
+}
+
+}  // namespace pyllm::cuda
