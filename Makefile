@@ -2,9 +2,9 @@
 # Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, OUT, PART, GPU_ARGS.
 PYTHON ?= python3
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help install demo test bench lint format check-triton wheel lock clean
+.PHONY: help install demo test bench lint format check-triton check-cuda wheel lock clean
 
 help:
 	@echo "make demo          train a small GPT with pyllm's layers beside torch.nn's"
@@ -13,6 +13,7 @@ help:
 	@echo "make install       set up .venv and build the extension"
 	@echo "make lint          ruff, clang-format"
 	@echo "make check-triton  compile every Triton kernel ahead of time; fail on spills"
+	@echo "make check-cuda    compile every CUDA kernel for every architecture; fail on spills"
 	@echo "make wheel         build a wheel into dist/"
 	@echo "make gpu OUT=dir   on a machine with a GPU: build, tests, sanitizer, races, benchmarks against peers"
 
@@ -40,15 +41,18 @@ bench: install
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 check-triton: install
 	$(BIN)/python -m pyllm.kernels.aot --out docs/triton.md
+
+check-cuda: install
+	$(BIN)/python csrc/cuda/check.py --out docs/cuda.md
 
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

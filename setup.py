@@ -1,12 +1,17 @@
-"""Builds the compiled part of pyllm with ninja: the CPU kernels and the pybind11 module pyllm._C.
+"""Builds the compiled part of pyllm with ninja: the CPU kernels, the CUDA kernels, and the pybind11 module pyllm._C.
 
-libpyllm_cpu.so is on PyTorch's stable ABI: one binary for every PyTorch from 2.11 and every Python. Each
-csrc/cpu/*_kernel.cpp is compiled once for each instruction set; the right one is picked at run time.
-Without a C++ compiler the package installs without this part.
+libpyllm_cpu.so and libpyllm_cuda.so are on PyTorch's stable ABI: one binary for every PyTorch from 2.11 and every
+Python. Each csrc/cpu/*_kernel.cpp is compiled once for each instruction set; the right one is picked at run time.
+Without a C++ compiler the package installs without this part, without nvcc of CUDA 13 without the CUDA kernels. Whether
+PyTorch has CUDA, or the machine a GPU, makes no difference to the build.
+
+Environment: CXX, the C++ compiler. PYLLM_CUDA=1 demands the CUDA kernels, 0 leaves them out. PYLLM_CUDA_ARCHS: the
+architectures to compile them for instead of all, such as "90a" or "80,86".
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +30,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"
 LIBRARY = "libpyllm_cpu.so"
+CUDA_LIBRARY = "libpyllm_cuda.so"
+# PyTorch's builds for CUDA 13 have loaded it before: one runtime in the process, and one current device.
+CUDA_RUNTIME = "libcudart.so.13"
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -38,8 +46,46 @@ def compiler() -> str | None:
     return next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
 
 
-def write_ninja_file(cxx: str) -> None:
-    """build.ninja in BUILD, which makes LIBRARY and MODULE there."""
+def cuda_compiler() -> Path | None:
+    """nvcc: the path's, else CUDA_HOME's; None where there is none of CUDA 13, which PYLLM_CUDA=1 makes an error."""
+    demand = os.environ.get("PYLLM_CUDA", "")
+    if demand not in ("", "0", "1"):
+        raise SystemExit(f"pyllm: PYLLM_CUDA must be 0 or 1, got {demand}")
+    if demand == "0":
+        return None
+    at_home = os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=at_home)
+    problem = "no nvcc was found on the path or in CUDA_HOME"
+    if nvcc is not None:
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", told)
+        if int(release[1]) == 13:
+            return Path(nvcc)
+        problem = f"{nvcc} is of CUDA {release[1]}.{release[2]}, not 13"
+    if demand == "1":
+        raise SystemExit(f"pyllm: PYLLM_CUDA=1, but {problem}")
+    print(f"pyllm: {problem}; installing without the CUDA kernels", file=sys.stderr)
+    return None
+
+
+def cuda_architectures() -> list[str]:
+    """As nvcc names its outputs: sm_XY is machine code, compute_XY is PTX, for the devices that come later."""
+    asked = os.environ.get("PYLLM_CUDA_ARCHS")
+    return [f"sm_{a}" for a in re.split(r"[,; ]+", asked)] if asked else ["sm_80", "sm_90a", "sm_100a", "compute_100"]
+
+
+def cuda_runtime_folder(nvcc: Path) -> Path:
+    """Where the toolkit of this nvcc keeps CUDA_RUNTIME."""
+    told = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
+    toolkit = Path(re.search(r"_HERE_=(.+)", told)[1].strip()).parent
+    for folder in (toolkit / "lib64", toolkit / "lib"):
+        if (folder / CUDA_RUNTIME).exists():
+            return folder
+    raise SystemExit(f"pyllm: {toolkit} has no {CUDA_RUNTIME}; PYLLM_CUDA=0 installs without the CUDA kernels")
+
+
+def write_ninja_file(cxx: str, nvcc: Path | None) -> list[str]:
+    """build.ninja in BUILD; returns the products that it makes there."""
     import pybind11
     import torch
     from ninja import ninja_syntax
@@ -64,6 +110,23 @@ def write_ninja_file(cxx: str) -> None:
             (out,) = ninja.build(f"{source.stem}{suffix}.o", "compile", str(source), variables={"flags": flags})
             return out
 
+        products = [LIBRARY, MODULE]
+        architectures = ",".join(cuda_architectures()) if nvcc else ""
+        facts = f'-DPYLLM_CUDA_ARCHITECTURES=\\"{architectures}\\"'
+        if nvcc:  # first, since it takes longest
+            products.append(CUDA_LIBRARY)
+            ninja.variable("nvcc", str(nvcc))
+            ninja.variable("nvccflags", f"-std=c++20 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden {facts}")
+            for architecture in cuda_architectures():
+                virtual = architecture.replace("sm_", "compute_")
+                ninja.variable("nvccflags", f"$nvccflags -gencode arch={virtual},code={architecture}")
+            command = "$nvcc $nvccflags $torch -DUSE_CUDA -MD -MF $out.d -c $in -o $out"
+            ninja.rule("compile_cuda", command, depfile="$out.d", deps="gcc", description="$out")
+            sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            objects = [ninja.build(f"{s.stem}.cuda.o", "compile_cuda", str(s))[0] for s in sources]
+            libraries = f"-L{cuda_runtime_folder(nvcc)} -l:{CUDA_RUNTIME} -L{torch_root / 'lib'} -ltorch_cpu"
+            ninja.build(CUDA_LIBRARY, "link", objects, variables={"flags": libraries})
+
         objects = [compile_one(ROOT / "csrc" / "library.cpp", "$torch")]
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             if source.stem.endswith("_kernel"):
@@ -75,28 +138,33 @@ def write_ninja_file(cxx: str) -> None:
                 objects.append(compile_one(source, "$torch"))
         ninja.build(LIBRARY, "link", objects, variables={"flags": f"-L{torch_root / 'lib'} -ltorch_cpu"})
 
-        facts = f'-DPYLLM_TORCH=\\"{torch.__version__}\\" -DPYLLM_ISAS=\\"{",".join(INSTRUCTION_SETS)}\\"'
+        facts += f' -DPYLLM_TORCH=\\"{torch.__version__}\\" -DPYLLM_ISAS=\\"{",".join(INSTRUCTION_SETS)}\\"'
         module = compile_one(ROOT / "csrc" / "module.cpp", f"-I{ROOT / 'csrc'} $python {facts}")
         ninja.build(MODULE, "link", module)
-        ninja.default([LIBRARY, MODULE])
+        ninja.default(products)
+    return products
 
 
 class BuildNative(build_ext):
-    """Runs ninja and puts its two products beside the package's Python files."""
+    """Runs ninja and puts its products beside the package's Python files."""
 
     def run(self) -> None:
         self.products: list[str] = []
         cxx = compiler()
         if cxx is None:
+            if os.environ.get("PYLLM_CUDA") == "1":
+                raise SystemExit("pyllm: PYLLM_CUDA=1, but no C++ compiler was found")
             print("pyllm: no C++ compiler was found; installing without the compiled CPU kernels", file=sys.stderr)
             return
         BUILD.mkdir(parents=True, exist_ok=True)
-        write_ninja_file(cxx)
+        products = write_ninja_file(cxx, cuda_compiler())
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD)], check=True)
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "pyllm" if in_place else Path(self.build_lib) / "pyllm"
         package.mkdir(parents=True, exist_ok=True)
-        for name in (LIBRARY, MODULE):
+        if CUDA_LIBRARY not in products:
+            (package / CUDA_LIBRARY).unlink(missing_ok=True)  # an earlier build's
+        for name in products:
             # A new file, not new contents: a process that has the old one mapped keeps it.
             temporary = package / f"{name}.new"
             shutil.copy2(BUILD / name, temporary)

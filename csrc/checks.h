@@ -9,8 +9,8 @@
 
 #include <optional>
 
-#include "cpu/dropout.h"
-#include "cpu/dtype.h"
+#include "dropout.h"
+#include "dtype.h"
 
 namespace pyllm {
 
@@ -64,13 +64,16 @@ inline ScalarType statistics_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Dropout dropout_of(const OptionalTensor& rng, double p) {
-  STD_TORCH_CHECK(p == 0.0 || rng.has_value(), "pyllm: dropout_p needs rng");
-  if (p == 0.0) return {};
+// Where dropout's seed and offset lie; null where p is 0.
+inline const int64_t* rng_of(const OptionalTensor& rng, double p) {
+  if (p == 0.0) return nullptr;
+  STD_TORCH_CHECK(rng.has_value(), "pyllm: dropout_p needs rng");
   STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2 && rng->is_contiguous(),
                   "pyllm: rng must be two int64 numbers (seed, offset)");
-  return Dropout(static_cast<const int64_t*>(rng->data_ptr()), p);
+  return static_cast<const int64_t*>(rng->data_ptr());
 }
+
+inline Dropout dropout_of(const OptionalTensor& rng, double p) { return Dropout(rng_of(rng, p), p); }
 
 // A contiguous tensor seen as rows of its last dimension.
 struct Rows {

@@ -8,20 +8,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/isa.h"
-
-namespace {
-
-std::vector<std::string> split(const std::string& list) {
-  std::vector<std::string> items;
-  for (size_t begin = 0; begin < list.size();) {
-    const size_t end = std::min(list.find(',', begin), list.size());
-    items.push_back(list.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return items;
-}
-
-}  // namespace
+#include "cuda/architectures.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts of pyllm's compiled part and of this processor.";
@@ -31,13 +18,16 @@ PYBIND11_MODULE(_C, m) {
         pybind11::dict info;
         info["compiler"] = __VERSION__;
         info["torch"] = PYLLM_TORCH;
-        info["instruction_sets"] = split(PYLLM_ISAS);
+        info["instruction_sets"] = pyllm::cuda::split(PYLLM_ISAS);
         return info;
       },
       "Compiler, PyTorch release of the headers, instruction sets compiled for.");
   m.def(
-      "cuda_architectures", [] { return std::vector<std::string>(); },
-      "The CUDA architectures that are in the binary.");
+      "cuda_architectures", [] { return pyllm::cuda::split(PYLLM_CUDA_ARCHITECTURES); },
+      "The CUDA architectures that are in the binary: sm_XY is machine code, compute_XY is PTX.");
+  m.def(
+      "cuda_serves", [](int capability) { return pyllm::cuda::any_serves(PYLLM_CUDA_ARCHITECTURES, capability); },
+      "Whether one of them runs on a device of this capability, 10 * major + minor.", pybind11::arg("capability"));
   m.def(
       "attention_tile", [] { return std::pair(pyllm::kQueryBlock, pyllm::kKeyBlock); },
       "Queries and keys of a tile of attention's scores on the CPU.");

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -44,3 +46,31 @@ def test_a_compiler_that_is_not_there_is_an_error(tmp_path):
     )
     assert result.returncode != 0
     assert "CXX=no-such-compiler is not on the path" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "demand, nvcc, message",
+    [
+        ("1", None, "PYLLM_CUDA=1, but no nvcc was found on the path or in CUDA_HOME"),
+        ("1", "echo 'Cuda compilation tools, release 12.8, V12.8.93'", "nvcc is of CUDA 12.8, not 13"),
+        ("yes", None, "PYLLM_CUDA must be 0 or 1, got yes"),
+    ],
+)
+def test_cuda_kernels_that_cannot_be_built_are_an_error(tmp_path, demand, nvcc, message):
+    for name, script in (("c++", "exit 1"), ("nvcc", nvcc)):
+        if script is not None:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / name).chmod(0o755)
+    command = (str(ROOT / "setup.py"), "-q", "build_ext", "--build-lib", str(tmp_path))
+    result = run(*command, cwd=ROOT, PATH=str(tmp_path), CXX="", CUDA_HOME="", PYLLM_CUDA=demand)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_architectures_of_the_binary():
+    from pyllm import _C
+
+    built = _C.cuda_architectures()
+    assert bool(built) == (ROOT / "pyllm" / "libpyllm_cuda.so").exists()
+    assert _C.cuda_serves(90) == any(name in built for name in ("sm_90", "sm_90a"))
+    assert not _C.cuda_serves(70)

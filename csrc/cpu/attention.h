@@ -1,9 +1,9 @@
 // Attention on the CPU: what the binding hands over.
 #pragma once
 
-#include "cpu/dropout.h"
-#include "cpu/dtype.h"
 #include "cpu/isa.h"
+#include "dropout.h"
+#include "dtype.h"
 
 namespace pyllm {
 

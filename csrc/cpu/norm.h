@@ -1,9 +1,9 @@
 // LayerNorm and RMSNorm on the CPU, plain or with dropout and residual addition in front: what the binding hands over.
 #pragma once
 
-#include "cpu/dropout.h"
-#include "cpu/dtype.h"
 #include "cpu/isa.h"
+#include "dropout.h"
+#include "dtype.h"
 
 namespace pyllm {
 

@@ -2,8 +2,8 @@
 // One call makes eight 16-bit numbers; call t of column group g serves columns 32g + 8w + 2t + b (word w, half b).
 #pragma once
 
-#include "cpu/dropout.h"
 #include "cpu/vec.h"
+#include "dropout.h"
 
 namespace pyllm::PYLLM_ISA {
 

@@ -1,20 +1,16 @@
 // Softmax and log-softmax of scaled, masked rows on the CPU: what the binding hands over.
 #pragma once
 
-#include "cpu/dtype.h"
 #include "cpu/isa.h"
+#include "mask_rows.h"
 
 namespace pyllm {
 
-inline constexpr int kMaxRank = 16;
-
-// y = softmax(scale * x + mask) or its logarithm; x and y are contiguous rows of `width`. The rows' dimensions are
-// sizes[0..rank-1], outermost first, with the mask's strides in elements; its last stride is 0 or 1.
+// y = softmax(scale * x + mask) or its logarithm; x and y are contiguous rows of `width`.
 struct SoftmaxForward {
-  Array x, y, mask;
-  int64_t width, mask_last_stride;
-  int rank;
-  int64_t sizes[kMaxRank], mask_strides[kMaxRank];
+  Array x, y;
+  MaskRows mask;  // with the rows' sizes also where there is no mask
+  int64_t width;
   double scale;
   bool is_causal, log, past_caches;
 };

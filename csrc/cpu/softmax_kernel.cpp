@@ -11,16 +11,16 @@ namespace {
 // scores += the mask's row, or = -inf where a boolean mask has 0
 template <class C>
 void add_mask(const SoftmaxForward& args, int64_t offset, int64_t n, C* scores) {
-  const bool broadcast = args.mask_last_stride == 0;
-  if (args.mask.dtype == DType::boolean) {
-    const uint8_t* mask = args.mask.as<const uint8_t>() + offset;
+  const bool broadcast = args.mask.last_stride == 0;
+  if (args.mask.data.dtype == DType::boolean) {
+    const uint8_t* mask = args.mask.data.as<const uint8_t>() + offset;
     constexpr C inf = std::numeric_limits<C>::infinity();
     for (int64_t i = 0; i < n; ++i) scores[i] = mask[broadcast ? 0 : i] ? scores[i] : -inf;
     return;
   }
-  visit_dtype(args.mask.dtype, [&](auto type) {
+  visit_dtype(args.mask.data.dtype, [&](auto type) {
     using M = decltype(type);
-    const M* mask = args.mask.as<const M>() + offset;
+    const M* mask = args.mask.data.as<const M>() + offset;
     if constexpr (std::is_same_v<Compute<M>, C>) {
       M value[kLanes<C>];
       for (M& lane : value) lane = *mask;
@@ -38,15 +38,16 @@ void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
   using C = Compute<T>;
   constexpr C inf = std::numeric_limits<C>::infinity();
   const C scale = static_cast<C>(args.scale);
+  const bool masked = static_cast<bool>(args.mask.data);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = args.x.as<const T>() + row * args.width;
     T* y = args.y.as<T>() + row * args.width;
     int64_t offset = 0;
-    for (int64_t d = args.rank - 1, rest = row; args.mask && d >= 0; rest /= args.sizes[d--])
-      offset += rest % args.sizes[d] * args.mask_strides[d];
+    for (int64_t d = args.mask.rank - 1, rest = row; masked && d >= 0; rest /= args.mask.sizes[d--])
+      offset += rest % args.mask.sizes[d] * args.mask.strides[d];
     int64_t n = args.width;
     if (args.is_causal) {
-      const int64_t i = row % args.sizes[args.rank - 1];
+      const int64_t i = row % args.mask.sizes[args.mask.rank - 1];
       n = i + 1 < n ? i + 1 : n;
     }
 
@@ -54,14 +55,14 @@ void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
     if constexpr (std::is_same_v<T, C>) scores = args.past_caches ? nullptr : y;
     if (scores == nullptr) scores = scratch<C>(n);
     Vec<C> peaks[2] = {splat(-inf), splat(-inf)};
-    if (args.mask) {
+    if (masked) {
       for_vectors<C>(n, [&](int64_t i, int count) { store(scores + i, load(x + i, count) * scale, count); });
       add_mask(args, offset, n, scores);
     } else if (!std::is_same_v<T, C> || scale != 1) {
       for_vectors<C>(n, [&](int64_t i, int count) { store(scores + i, load(x + i, count) * scale, count); });
     }
     const C* source = scores;
-    if constexpr (std::is_same_v<T, C>) source = args.mask || scale != 1 ? scores : x;
+    if constexpr (std::is_same_v<T, C>) source = masked || scale != 1 ? scores : x;
     int64_t i = 0;
     for (; i + 2 * kLanes<C> <= n; i += 2 * kLanes<C>) {
       peaks[0] = max<C>(load(source + i), peaks[0]);

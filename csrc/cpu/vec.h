@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/dtype.h"
+#include "dtype.h"
 
 namespace pyllm::PYLLM_ISA {
 

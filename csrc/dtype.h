@@ -1,9 +1,15 @@
-// Storage types as the CPU kernels see them, without a torch header.
+// Storage types as kernels see them, without a torch header.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 #include <utility>
+
+#ifdef __CUDACC__
+#define PYLLM_EVERYWHERE __host__ __device__
+#else
+#define PYLLM_EVERYWHERE
+#endif
 
 namespace pyllm {
 
@@ -36,9 +42,9 @@ inline void visit_dtype(DType dtype, Body&& body) {
 struct Array {
   void* data = nullptr;
   DType dtype = DType::f32;
-  explicit operator bool() const { return data != nullptr; }
+  PYLLM_EVERYWHERE explicit operator bool() const { return data != nullptr; }
   template <class T>
-  T* as() const {
+  PYLLM_EVERYWHERE T* as() const {
     return static_cast<T*>(data);
   }
 };

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace pyllm {
 
 // threshold 0 means no dropout. An element is dropped where its 16 random bits are below the threshold.
@@ -21,7 +23,7 @@ struct Dropout {
     }
     scale = threshold < 65536 ? 65536.0 / (65536 - threshold) : 0.0;
   }
-  explicit operator bool() const { return threshold > 0; }
+  PYLLM_EVERYWHERE explicit operator bool() const { return threshold > 0; }
 };
 
 }  // namespace pyllm
