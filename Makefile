@@ -2,9 +2,10 @@
 # Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, OUT, PART, GPU_ARGS.
 PYTHON ?= python3
 BIN := .venv/bin
+CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help install demo test bench lint format check-triton check-cuda wheel lock clean
+.PHONY: help install demo test bench lint format check-triton check-cuda gpu wheel lock clean
 
 help:
 	@echo "make demo          train a small GPT with pyllm's layers beside torch.nn's"
@@ -41,12 +42,12 @@ bench: install
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 check-triton: install
 	$(BIN)/python -m pyllm.kernels.aot --out docs/triton.md
@@ -75,7 +76,6 @@ clean:
 SITE := build/site
 OUT ?= results/gpu
 CARRIED = $(and $(wildcard pyllm/libpyllm_cpu.so),$(wildcard pyllm/libpyllm_cuda.so))
-.PHONY: gpu
 gpu:
 	$(PYTHON) setup.py --quiet build_py --force --build-lib $(SITE)
 	$(if $(CARRIED),cp pyllm/*.so $(SITE)/pyllm/,PYLLM_CUDA=1 $(PYTHON) setup.py --quiet build_ext --build-lib $(SITE))
