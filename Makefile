@@ -1,10 +1,11 @@
 # Every target sets up what it needs: .venv with the versions of requirements.lock, and the extension, built by ninja.
-# Variables: PYTHON (interpreter that .venv is made from), PYTEST_ARGS.
+# Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, OUT, PART, GPU_ARGS.
 PYTHON ?= python3
 BIN := .venv/bin
+CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help install demo test bench lint format check-triton check-cuda wheel lock clean
+.PHONY: help install demo test bench lint format check-triton check-cuda gpu wheel lock clean
 
 help:
 	@echo "make demo          train a small GPT with pyllm's layers beside torch.nn's"
@@ -15,6 +16,7 @@ help:
 	@echo "make check-triton  compile every Triton kernel ahead of time; fail on spills"
 	@echo "make check-cuda    compile every CUDA kernel for every architecture; fail on spills"
 	@echo "make wheel         build a wheel into dist/"
+	@echo "make gpu OUT=dir   on a machine with a GPU: build, tests, sanitizer, races, benchmarks against peers"
 
 install: .venv/built
 
@@ -40,12 +42,12 @@ bench: install
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 check-triton: install
 	$(BIN)/python -m pyllm.kernels.aot --out docs/triton.md
@@ -68,3 +70,15 @@ CUDA_PARTS := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cu
 
 clean:
 	rm -rf build dist results .pytest_cache pyllm/*.so
+
+# Without .venv and without network: PYTHON has PyTorch, Triton and what pyproject.toml lists for builds and tests; what
+# it lacks may lie in .whl/. A build that was carried here, pyllm/*.so, is taken as it is. PART: one or more parts.
+SITE := build/site
+OUT ?= results/gpu
+CARRIED = $(and $(wildcard pyllm/libpyllm_cpu.so),$(wildcard pyllm/libpyllm_cuda.so))
+gpu:
+	$(PYTHON) setup.py --quiet build_py --force --build-lib $(SITE)
+	$(if $(CARRIED),cp pyllm/*.so $(SITE)/pyllm/,PYLLM_CUDA=1 $(PYTHON) setup.py --quiet build_ext --build-lib $(SITE))
+	$(if $(wildcard .whl),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(SITE) .whl/*.whl)
+	cd $(SITE) && $(PYTHON) -m pyllm.benchmarks.gpu --out $(abspath $(OUT)) --root $(CURDIR) \
+	  $(addprefix --part ,$(PART)) $(GPU_ARGS)

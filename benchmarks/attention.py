@@ -1,8 +1,9 @@
 """attention, packed attention and decoding against scaled_dot_product_attention.
 
-As PyTorch chooses its kernel, and on a GPU by kernel. What these cannot express gets a mask or a bias as a matrix.
+As PyTorch chooses its kernel, and by name of the kernel. What these cannot express gets a mask or a bias as a matrix.
 """
 
+import functools
 import itertools
 from functools import partial
 
@@ -12,10 +13,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyllm import ops, reference
-from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload
+from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload, randn
 from pyllm.ops.relative_bias import bucket
-from pyllm.testing import randn
 
+SDPA_KERNELS = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 T5 = {"bidirectional": True, "max_distance": 128}
 
 
@@ -37,17 +42,35 @@ def _build(shape, dtype: torch.dtype, device: str, is_causal=False, dropout_p=0.
         band = reference.band(length, length, *window, False, torch.device(device))
         return operator_workload(ours, partial(sdpa, attn_mask=band), inputs, {"full": ops.attention})
 
-    def on(kernel: SDPBackend):
-        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            with sdpa_kernel(kernel):
-                return sdpa(query, key, value)
+    peers = {name: partial(_on_kernel, kernel, sdpa) for name, kernel in SDPA_KERNELS.items()}
+    if not dropout_p:
+        peers["flex"] = partial(_flex, is_causal)
+    return operator_workload(ours, sdpa, inputs, peers=peers)
 
-        return call
 
-    peers = {}
-    if device == "cuda" and dtype.itemsize == 2:  # the kernels that take these dtypes only
-        peers = {"flash": on(SDPBackend.FLASH_ATTENTION), "cudnn": on(SDPBackend.CUDNN_ATTENTION)}
-    return operator_workload(ours, sdpa, inputs, peers)
+def _on_kernel(kernel: SDPBackend, sdpa, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(kernel):
+        return sdpa(query, key, value)
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def _causal_blocks(length: int, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, i, j: j <= i, None, None, length, length, device=device)
+
+
+def _flex(is_causal: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlexAttention, compiled; the blocks of its mask are found once."""
+    blocks = _causal_blocks(query.shape[2], query.device) if is_causal else None
+    return _compiled_flex()(query, key, value, block_mask=blocks)
 
 
 def _with_t5(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
@@ -163,6 +186,7 @@ BENCHMARKS = (
             "window 256": {"window": (128, 127)},
             "t5": {"t5": True},
         },
+        grid=tuple((b, 16, length, d) for d in (64, 128) for b, length in ((1, 128), (2, 512), (4, 2048))),
     ),
     Benchmark(
         name="attention_varlen",

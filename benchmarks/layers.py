@@ -9,8 +9,7 @@ from torch.func import functional_call
 
 import pyllm.nn
 from pyllm import testing
-from pyllm.benchmarks.measure import Benchmark, Workload
-from pyllm.testing import randn
+from pyllm.benchmarks.measure import Benchmark, Workload, randn
 
 HEAD_DIM = 64
 

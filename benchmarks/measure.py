@@ -1,5 +1,6 @@
 """What a benchmark is, and how one case of it is measured: correctness first, then paired times."""
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from pyllm import testing
-from pyllm.backend import recording, use_backend
+from pyllm.backend import BACKENDS, recording, use_backend
 from pyllm.benchmarks import timing
 
 # forward runs without gradient; recorded is a forward that a backward can follow.
 PASSES = ("forward", "backward", "both")
 OVERHEAD_PASSES = ("forward", "recorded", "both")
+PEERS = ("compile", *BACKENDS, "liger", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex")
+DEFAULT_PEERS = ("compile", "sdpa-flash", "sdpa-cudnn")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -23,11 +26,24 @@ class Workload:
     """One operation on given tensors. calls: without arguments, by implementation, PyTorch's eager one first.
 
     leaves: what backward differentiates. check(backend) raises AssertionError unless pyllm's numbers are in the budget.
+    peers: more calls, timed where they are asked for by name.
     """
 
     calls: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
     leaves: list[Tensor]
     check: Callable[[str | None], None]
+    peers: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = field(default_factory=dict)
+
+    def peer(self, name: str) -> Callable[[], Tensor | tuple[Tensor, ...]] | None:
+        """`compile` is the eager call compiled, a backend's name is pyllm on that backend; None: there is none."""
+        if name in ("compile", "flex"):
+            torch._dynamo.reset()  # or so many shapes have been compiled for that the next one is not
+            torch._functorch.config.donated_buffer = False  # a graph that backward runs over again keeps its buffers
+        if name == "compile":
+            return torch.compile(self.calls["eager"], dynamic=False)
+        if name in BACKENDS:
+            return use_backend_in(name, self.calls["pyllm"])
+        return self.peers.get(name)
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class Benchmark:
     build makes the workload of a shape, whose sizes `axes` names. `small` is the shape with fewer independent rows or
     heads, on which the numbers are checked. variants: options of build, by label. Either moved (elements that each pass
     has to read and write at least) or flops is given: (shape, **options) -> (forward, backward). passes: those it has.
+    grid: shapes of the first tensor, over which the fastest backend may change.
     """
 
     name: str
@@ -49,6 +66,7 @@ class Benchmark:
     flops: Callable[..., tuple[float, float]] | None = None
     variants: dict[str, dict] = field(default_factory=lambda: {"": {}})
     passes: tuple[str, ...] = PASSES
+    grid: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,7 @@ class Result:
 
     rate is pyllm's bytes or FLOP per second, share what part that is of the machine's limit. problem: why there is no
     time. fresh_pages: outputs so large that each call has them faulted in anew by the kernel. memory: bytes that a call
-    holds at most beyond its inputs, by implementation.
+    holds at most beyond its inputs, by implementation. refused: why peers could not run.
     """
 
     case: Case
@@ -103,6 +121,7 @@ class Result:
     share: float | None = None
     problem: str | None = None
     memory: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     def row(self) -> dict:
         """Plain values for JSON and CSV; times in seconds, rates per second."""
@@ -137,11 +156,18 @@ def cases(
     return [Case(benchmark, shape, dtype, way, variant, device) for shape, dtype, variant, way in product]
 
 
-def measure(case: Case, backend: str | None = None, compiled: bool = True, quick: bool = False) -> Iterator[Result]:
+def measure(
+    case: Case,
+    backend: str | None = None,
+    peers: Sequence[str] = DEFAULT_PEERS,
+    quick: bool = False,
+    end_to_end: bool = False,
+) -> Iterator[Result]:
     """Results of a case: one, or two where the allocator matters (fresh pages, then kept ones).
 
-    compiled: also time what torch.compile makes of the eager expression. quick: to see that it works, not for numbers.
+    peers: those of Workload.peer to be timed, where the case has them. quick: to see that it works, not for numbers.
     """
+    timing_options = {"end_to_end": end_to_end} | ({"rounds": 3, "slot": 0.002} if quick else {})
     with use_backend(backend):
         problem = case.problem(backend)
         if problem is not None:
@@ -154,19 +180,27 @@ def measure(case: Case, backend: str | None = None, compiled: bool = True, quick
         size = max(output.nbytes for output in _outputs(outputs))
         del outputs
         large = case.device == "cpu" and size > timing.FRESH_PAGES_FROM
-        calls = dict(workload.calls)
-        if compiled:
-            calls["compile"] = fresh_compile(calls["eager"])
-        calls = {name: staged(call, workload.leaves, case.direction) for name, call in calls.items()}
+        calls = {name: staged(call, workload.leaves, case.direction) for name, call in workload.calls.items()}
+        refused = {}
+        for name in peers:
+            peer = workload.peer(name)
+            if peer is not None:
+                try:
+                    with torch.set_grad_enabled(case.direction != "forward"):
+                        timed = staged(peer, workload.leaves, case.direction)
+                        timed()
+                    calls[name] = timed
+                except Exception as error:  # not installed, not for this shape or device, or whatever a peer may raise
+                    refused[name] = first_line(error)
         for warm in (False, True) if large else (False,):
             if large and not timing.warm_allocator(16 * size if warm else 0) and warm:
                 continue
             with torch.set_grad_enabled(case.direction != "forward"):
-                times = timing.paired(calls, case.device, **({"rounds": 3, "slot": 0.002} if quick else {}))
+                times = timing.paired(calls, case.device, **timing_options)
                 memory = {name: timing.peak_memory(call, case.device) for name, call in calls.items()}
             rate, share = _rate(case, times.seconds["pyllm"], quick)
             measured = (times.seconds, times.ratio, times.spread, rate, share)
-            yield Result(case, ran, large and not warm, *measured, memory=memory)
+            yield Result(case, ran, large and not warm, *measured, memory=memory, refused=refused)
         if large:
             timing.warm_allocator(0)
 
@@ -189,10 +223,18 @@ def _outputs(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
-def fresh_compile(call: Callable) -> Callable:
-    torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # a graph that backward runs over again must keep its buffers
-    return torch.compile(call, dynamic=False)
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def use_backend_in(name: str, call: Callable) -> Callable:
+    """The call, its forward on a backend."""
+
+    def on_backend():
+        with use_backend(name):
+            return call()
+
+    return on_backend
 
 
 def _rate(case: Case, seconds: float, quick: bool) -> tuple[float | None, float | None]:
@@ -224,13 +266,33 @@ def rate(case: Case, per_second: float) -> str:
     return f"{per_second / 1e9:.{1 if per_second < 1e11 else 0}f} {unit}"
 
 
+def randn(*shape: int, dtype: torch.dtype, device: str, grad: bool = True) -> Tensor:
+    """Normal random numbers, made where they are used: a CPU takes seconds for what a GPU reads in microseconds."""
+    return torch.randn(shape, dtype=dtype, device=device).requires_grad_(grad)
+
+
+def liger(module: str, function: str, *options) -> Callable:
+    """Liger-Kernel's autograd function as a peer, called as function(**inputs); imported when it is called."""
+
+    def call(**inputs: Tensor) -> Tensor:
+        found = getattr(importlib.import_module(f"liger_kernel.ops.{module}"), function)
+        return found.apply(*inputs.values(), *options)
+
+    return call
+
+
 def operator_workload(
-    function: Callable, eager: Callable, inputs: testing.Inputs, peers: dict[str, Callable] | None = None
+    function: Callable,
+    eager: Callable,
+    inputs: testing.Inputs,
+    others: dict[str, Callable] | None = None,
+    peers: dict[str, Callable] | None = None,
 ) -> Workload:
-    """A workload of functions called as function(**inputs)."""
-    functions = {"eager": eager, "pyllm": function, **(peers or {})}
+    """A workload of functions called as function(**inputs); others are timed always, peers by name."""
+    functions = {"eager": eager, "pyllm": function, **(others or {})}
     return Workload(
         {name: partial(f, **inputs) for name, f in functions.items()},
         [t for t in inputs.values() if t is not None and t.requires_grad],
         partial(testing.check, function, inputs),
+        {name: partial(f, **inputs) for name, f in (peers or {}).items()},
     )

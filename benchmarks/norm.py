@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops
-from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload
-from pyllm.testing import randn
+from pyllm.benchmarks.measure import Benchmark, Workload, liger, operator_workload, randn
 
 
 def _eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -29,9 +28,19 @@ def _eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, dropout_p: 
     return F.rms_norm(z, z.shape[-1:], weight), z
 
 
-def _build(function, eager, names, shape, dtype: torch.dtype, device: str, **options) -> Workload:
+# After the tensors: eps, and for rms_norm an offset of the weight, casts as Llama's, no gradient in the place of dy.
+_LIGER = {
+    "layer_norm": liger("layer_norm", "LigerLayerNormFunction", 1e-5),
+    "rms_norm": liger("rms_norm", "LigerRMSNormFunction", 1e-6, 0.0, "llama", False),
+    "add_rms_norm": liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction", 1e-6, 0.0, "llama", False),
+}
+
+
+def _build(function, eager, names, shape, dtype: torch.dtype, device: str, dropout_p: float | None = None) -> Workload:
     inputs = {n: randn(*(shape if n in ("x", "residual") else shape[1:]), dtype=dtype, device=device) for n in names}
-    return operator_workload(partial(function, **options), partial(eager, **options), inputs)
+    options = {} if dropout_p is None else {"dropout_p": dropout_p}
+    peers = {} if dropout_p or function.__name__ not in _LIGER else {"liger": _LIGER[function.__name__]}
+    return operator_workload(partial(function, **options), partial(eager, **options), inputs, peers=peers)
 
 
 def _norm_moved(shape) -> tuple[float, float]:
@@ -51,6 +60,7 @@ _ROWS = {
     "shapes": ((2048, 768), (4096, 4096)),
     "tiny": (1, 64),
     "small": lambda shape: (min(shape[0], 64), shape[1]),
+    "grid": tuple((2**e // n, n) for n in (256, 2048, 16384) for e in (14, 18, 22, 27)),
 }
 _DROPOUT = {"dropout 0.1": {"dropout_p": 0.1}, "dropout 0": {"dropout_p": 0.0}}
 

@@ -110,8 +110,11 @@ def write_json(path: Path, results: Sequence[Result], machine: dict) -> None:
 
 
 def write_csv(path: Path, results: Sequence[Result]) -> None:
-    """A line for each result; the columns of all of them, empty where one has no value."""
-    rows = [r.row() for r in results]
+    write_rows(path, [r.row() for r in results])
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    """A line for each row; the columns of all of them, empty where one has no value."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))

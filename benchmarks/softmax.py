@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pyllm import ops, reference
-from pyllm.benchmarks.measure import Benchmark, Workload, operator_workload
-from pyllm.testing import randn
+from pyllm.benchmarks.measure import Benchmark, Workload, liger, operator_workload, randn
 
 
 def _build(name: str, shape, dtype: torch.dtype, device: str, is_causal: bool = False) -> Workload:
@@ -18,7 +17,9 @@ def _build(name: str, shape, dtype: torch.dtype, device: str, is_causal: bool = 
         return of_torch(x if removed is None else x.masked_fill(removed, -torch.inf), -1)
 
     function = partial(getattr(ops, name), is_causal=is_causal)
-    return operator_workload(function, eager, {"x": randn(*shape, dtype=dtype, device=device)})
+    plain = name == "softmax" and not is_causal
+    peers = {"liger": liger("softmax", "LigerSoftmaxFunction")} if plain else {}
+    return operator_workload(function, eager, {"x": randn(*shape, dtype=dtype, device=device)}, peers=peers)
 
 
 def _moved(shape, is_causal: bool = False) -> tuple[float, float]:
@@ -26,6 +27,12 @@ def _moved(shape, is_causal: bool = False) -> tuple[float, float]:
     size = torch.Size(shape).numel()
     read = 0.5 if is_causal else 1.0
     return (read + 1) * size, (2 * read + 1) * size
+
+
+def _square(elements: int, width: int) -> tuple[int, int, int]:
+    """Square matrices, or what there is of one."""
+    rows = min(width, elements // width)
+    return elements // (rows * width), rows, width
 
 
 def _softmax(name: str, variants: dict[str, dict]) -> Benchmark:
@@ -38,6 +45,7 @@ def _softmax(name: str, variants: dict[str, dict]) -> Benchmark:
         small=lambda shape: (1, min(shape[1], 512), shape[2]) if shape[2] <= 4096 else (1, 8, shape[2]),
         moved=_moved,
         variants=variants,
+        grid=tuple(_square(2**e, n) for n in (256, 2048, 16384) for e in (14, 18, 22, 27)),
     )
 
 

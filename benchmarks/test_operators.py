@@ -19,11 +19,11 @@ CASES = [case for benchmark in BENCHMARKS.values() for case in measure.cases(ben
 def test_speed(benchmark, case, implementation):
     benchmark.group = str(case)
     if implementation == "pyllm":
-        results = list(measure.measure(case, compiled=False))
+        results = list(measure.measure(case, peers=()))
         assert results[0].problem is None
         benchmark.extra_info |= {"machine": timing.machine(DEVICE), "paired": [r.row() for r in results]}
     workload = case.workload()
-    call = workload.calls.get(implementation) or measure.fresh_compile(workload.calls["eager"])
+    call = workload.calls.get(implementation) or workload.peer(implementation)
     timed = measure.staged(call, workload.leaves, case.direction)
 
     def finished():

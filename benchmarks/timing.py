@@ -3,7 +3,8 @@
 The first implementation is the baseline. It is measured twice, so that the spread of a ratio of equals (A/A) stands
 beside every ratio. A round runs all of them forwards, then backwards (A B C A' A' C B A): drift of the clock and of the
 load cancels. Reported are medians over the rounds. On a GPU each call is bracketed by events, after the L2 cache has
-been overwritten; on a CPU the wall clock runs over enough calls to fill `slot` seconds, on inputs that stay the same.
+been overwritten, or, end to end, the wall clock runs over many; on a CPU it runs over enough calls to fill `slot`
+seconds, on inputs that stay the same.
 """
 
 import ctypes
@@ -14,13 +15,13 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import pyllm
+from pyllm import dispatch
 
 FRESH_PAGES_FROM = 32 * 2**20  # bytes; above this glibc takes every block from the kernel and gives it back
 
@@ -37,15 +38,20 @@ class Timing:
     spread: float
 
 
-def paired(calls: dict[str, Callable[[], object]], device: str, rounds: int = 7, slot: float = 0.05) -> Timing:
-    """Times the calls against the first of them. slot: seconds that each fills at a time (at least one call)."""
+def paired(
+    calls: dict[str, Callable[[], object]], device: str, rounds: int = 7, slot: float = 0.05, end_to_end: bool = False
+) -> Timing:
+    """Times the calls against the first of them. slot: seconds that each fills at a time (at least one call).
+
+    end_to_end: on a GPU, with the time that the host takes to launch, where that is the longer one.
+    """
     baseline = next(iter(calls))
     again = f"{baseline} again"
     calls = {**calls, again: calls[baseline]}
-    clock = _gpu_seconds if device == "cuda" else _cpu_seconds
+    clock = _cpu_seconds if device != "cuda" else _gpu_wall_seconds if end_to_end else _gpu_seconds
     for call in calls.values():  # compiles, fills caches and the allocator
         clock(call, 2)
-    repeats = {name: max(1, int(slot / clock(call, 1))) for name, call in calls.items()}
+    repeats = {name: max(1, int(slot / _spent(clock, call))) for name, call in calls.items()}
     names = list(calls)
     samples = []
     for _ in range(rounds):
@@ -60,6 +66,12 @@ def paired(calls: dict[str, Callable[[], object]], device: str, rounds: int = 7,
     )
 
 
+def _spent(clock: Callable, call: Callable[[], object]) -> float:
+    """Seconds that measuring one call takes, what lies around the call included."""
+    start = time.perf_counter()
+    return max(clock(call, 1), time.perf_counter() - start)
+
+
 def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
     """Of one call: on a GPU the median of `repeats`, each after the L2 cache was overwritten; on a CPU the mean."""
     return (_gpu_seconds if device == "cuda" else _cpu_seconds)(call, repeats)
@@ -72,11 +84,23 @@ def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def _gpu_wall_seconds(call: Callable[[], object], repeats: int) -> float:
+    def calls() -> None:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    return _cpu_seconds(calls, 1) / repeats
+
+
 def _gpu_seconds(call: Callable[[], object], repeats: int) -> float:
     cache = _l2_eraser()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in pairs:
-        cache.zero_()
+        # Once would erase; the GPU is to be busy for longer than the host takes to launch the call.
+        for _ in range(4):
+            cache.zero_()
         start.record()
         call()
         end.record()
@@ -149,7 +173,7 @@ def machine(device: str) -> dict[str, str | int]:
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = str(torch.version.cuda)
-    facts["cpu"] = _processor()
+    facts["cpu"] = dispatch.processor()
     facts["threads"] = torch.get_num_threads()
     facts["torch_isa"] = torch.backends.cpu.get_cpu_capability()
     try:
@@ -159,9 +183,3 @@ def machine(device: str) -> dict[str, str | int]:
     except ImportError:
         facts["pyllm_isa"] = "not compiled"
     return facts
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,18 +1,19 @@
 """Chooses the implementation of each operator call. No other file knows which backends there are.
 
-Order of precedence: `use_backend` (or PYLLM_BACKEND), then an operator's measured default, then PREFERENCE. A backend
-asked for by name runs or raises; only the default choice may pass over an implementation, and `explain` says why.
+Order of precedence: `use_backend` (or PYLLM_BACKEND), then what dispatch.py's table measured on the device, then
+PREFERENCE. A backend asked for by name runs or raises; only the default choice may pass over an implementation, and
+`explain` says why.
 """
 
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
-from pyllm import _library
+from pyllm import _library, dispatch
 
 BACKENDS = ("native", "triton", "torch", "reference")
 
@@ -21,7 +22,10 @@ PREFERENCE = {
     "cpu": ("native", "torch", "reference"),
     "cuda": ("native", "triton", "torch", "reference"),
 }
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class CannotRun(RuntimeError):
+    """The backend asked for cannot serve a call; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,12 @@ class Choice:
     fused: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Operator:
-    """An operator's name and its implementations by backend.
-
-    measured maps (device type, dtype) to (backend, source): the default that a measurement chose over PREFERENCE.
-    """
+    """An operator's name and its implementations by backend. Its kernels are registered as NAME_fwd."""
 
     name: str
     implementations: dict[str, Implementation]
-    measured: dict[tuple[str, torch.dtype], tuple[str, str]] = field(default_factory=dict)
-
-    def __post_init__(self):
-        # Made here, not on first use: compiled graphs are guarded on what is in it.
-        self.ranked = {(device, dtype): _rank(self, device, dtype) for device in PREFERENCE for dtype in _DTYPES}
 
 
 _override: str | None = None
@@ -99,52 +95,82 @@ class use_backend:
         _override = self._before
 
 
-def unavailable(name: str, device: str) -> str | None:
-    """Why backend `name` cannot run on tensors of this device type, or None if it can."""
+def unavailable(name: str, place: torch.device) -> str | None:
+    """Why backend `name` cannot run on tensors of this device, or None if it can."""
     if name == "native":
-        if _library.error is not None:
+        if place.type == "cpu":
             return _library.error
-        if device != "cpu":
-            return f"the compiled library has no {device} kernels"
-    elif name == "triton":
-        return _library.triton_error(device)
-    return None
+        return _library.cuda_error(place) if place.type == "cuda" else f"there are no compiled {place.type} kernels"
+    return _library.triton_error(place.type) if name == "triton" else None
 
 
-def backends(device: str = "cpu") -> dict[str, str | None]:
-    """Every backend, with None if it can run on this device type, else why it cannot."""
-    return {name: unavailable(name, device) for name in BACKENDS}
+def refusal(op: str, name: str, place: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend can serve no call of an operator on this device in this dtype, or None."""
+    why = unavailable(name, place)
+    if why is None and name == "native" and place.type == "cuda":
+        why = _library.cuda_refusal(op, dtype)
+    return why
+
+
+def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
+    """Every backend, with None if it can run on this device, else why it cannot."""
+    return {name: unavailable(name, torch.device(device)) for name in BACKENDS}
 
 
 def select(op: Operator, tensor: Tensor, *args) -> Callable:
-    """The callable that serves op(tensor, *args). Raises RuntimeError if the backend asked for cannot."""
-    device = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
-    candidates = _candidates(op, device, tensor.dtype) if _override is None else [(_override, "asked for")]
+    """The callable that serves op(tensor, *args). Raises CannotRun if the backend asked for cannot."""
+    device = "cpu" if tensor.is_cpu else tensor.device  # a string's hash is at hand
+    for width, elements, candidates in _plan(op.name, device, tensor.dtype, is_grad_enabled(), _override):  # noqa: B007
+        if not (elements or width) or (tensor.numel() >= elements and tensor.shape[-1] >= width):
+            break
     refusals = []
-    for name, reason in candidates:
-        why = unavailable(name, device)
+    for name, reason, why in candidates:
         if why is None:
             implementation = op.implementations[name]
             if implementation.unfit is not None:
                 why = implementation.unfit(tensor, *args)
-        if why is None:
-            if _recording is not None:
-                _record(op, name, "; ".join([reason, *refusals]), tensor, *args)
-            return implementation.run
+            if why is None:
+                if _recording is not None:
+                    _record(op, name, "; ".join([reason, *refusals]), tensor, *args)
+                return implementation.run
         refusals.append(f"backend {name!r} cannot run {op.name}: {why}")
-    raise RuntimeError("; ".join(refusals))
+    raise CannotRun("; ".join(refusals))
 
 
-def _candidates(op: Operator, device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
-    """(backend, reason) in the order in which they are tried."""
-    return op.ranked.get((device, dtype)) or _rank(op, device, dtype)
+# By least width and least number of elements, largest first: (backend, reason, why it can serve no such call or None)
+# in the order in which they are tried.
+Plan = tuple[tuple[int, int, tuple[tuple[str, str, str | None], ...]], ...]
+
+_plans: dict[tuple, Plan] = {}
 
 
-def _rank(op: Operator, device: str, dtype: torch.dtype) -> list[tuple[str, str]]:
-    reason = "preferred on cpu" if device == "cpu" else "preferred, not measured on this device"
-    ranked = [(name, reason) for name in PREFERENCE.get(device, ("torch", "reference"))]
-    fastest = op.measured.get((device, dtype))
-    return ranked if fastest is None else [fastest, *(r for r in ranked if r[0] != fastest[0])]
+def _plan(op: str, device: str | torch.device, dtype: torch.dtype, recorded: bool, asked: str | None) -> Plan:
+    """All that neither sizes nor other arguments decide, worked out once."""
+    try:
+        return _plans[op, device, dtype, recorded, asked]
+    except KeyError:
+        plan = _plans[op, device, dtype, recorded, asked] = _make_plan(op, torch.device(device), dtype, recorded, asked)
+        return plan
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: a trace takes the plan as it is,
+# rather than tracing the library's loading and the table's reading.
+_plan._dynamo_marked_constant = True
+
+
+def _make_plan(op: str, place: torch.device, dtype: torch.dtype, recorded: bool, asked: str | None) -> Plan:
+    def candidate(name: str, reason: str) -> tuple[str, str, str | None]:
+        return name, reason, refusal(op, name, place, dtype)
+
+    if asked is not None:
+        return ((0, 0, (candidate(asked, "asked for"),)),)
+    preferred = PREFERENCE.get(place.type, ("torch", "reference"))
+    regions = []
+    for row in dispatch.rows(op, place, dtype, "both" if recorded else "forward"):
+        others = (candidate(name, "preferred next") for name in preferred if name != row.backend)
+        regions.append((row.width, row.elements, (candidate(row.backend, str(row)), *others)))
+    unmeasured = tuple(candidate(name, "preferred, not measured on this device") for name in preferred)
+    return (*regions, (0, 0, unmeasured))
 
 
 def _record(op: Operator, name: str, reason: str, tensor: Tensor, *args) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pyllm
 from pyllm.backend import BACKENDS
 
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit code: 0, 1 for a failed run, argparse's 2 for arguments that do not fit."""
@@ -14,12 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, what can be used, and why anything is missing")
     _add_bench(commands.add_parser("bench", help="measure operators and layers against PyTorch on this machine"))
-    _add_tune(commands.add_parser("tune", help="measure tiles of attention's Triton kernels on this machine's GPU"))
+    _add_tune(
+        commands.add_parser("tune", help="measure this machine's tiles for the Triton attention, or default backends")
+    )
     arguments = parser.parse_args(argv)
     if arguments.command == "tune":
-        from pyllm.benchmarks import tune
-
-        return tune.main(wide_console(), arguments.step, arguments.width)
+        return _tune(arguments, parser)
     if arguments.command == "doctor":
         from pyllm import doctor
 
@@ -42,12 +44,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("op", help="an operator or a layer; `all` is every one, `list` lists them")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16", "fp64"), help="default: fp32")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: fp32")
     parser.add_argument("--shape", action="append", type=_shape, metavar="AxBx...", help="default: the operator's own")
     parser.add_argument("--variant", action="append", help="such as `causal`; default: the operator's own")
     parser.add_argument("--pass", dest="direction", action="append", choices=("forward", "backward", "both"))
     parser.add_argument("--backend", choices=BACKENDS, help="default: what pyllm chooses by itself")
-    parser.add_argument("--peer", choices=("eager", "compile"), default="compile", help="`eager` leaves compile out")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        metavar="NAME",
+        help="what is timed besides PyTorch eager: compile, a backend's name, liger, sdpa-flash, sdpa-cudnn, "
+        "sdpa-efficient or flex where the operator has it; `eager`: nothing; default: compile, sdpa-flash, sdpa-cudnn",
+    )
     parser.add_argument("--quick", action="store_true", help="see that it works: few rounds, tiny shapes, no compile")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE")
@@ -57,13 +65,20 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Times the tiles that fit this GPU against the shipped ones, on right numbers only, and keeps what is faster "
-        "in attention_tiles.json in pyllm's cache directory (XDG_CACHE_HOME). Delete that file to be as shipped again."
+        "in attention_tiles.json in pyllm's cache directory (XDG_CACHE_HOME). Delete that file to be as shipped again. "
+        "With --emit: times every backend instead, and writes which is the fastest."
     )
     parser.add_argument(
         "--step", action="append", choices=("fwd", "key", "query", "decode"), help="default: all passes"
     )
     widths = ("16-bit-64", "16-bit-128", "32-bit-64", "wide")
     parser.add_argument("--width", action="append", choices=widths, help="dtype and head_dim; default: all")
+    emit = parser.add_argument_group("the table of default backends, in place of the tiles")
+    emit.add_argument("--emit", type=Path, metavar="FILE", help="measure this machine's rows of pyllm/dispatch.csv")
+    emit.add_argument("--op", action="append", help="default: every operator that has a choice")
+    emit.add_argument("--dtype", action="append", choices=DTYPES, help="default: fp32, bf16 and fp16")
+    emit.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    emit.add_argument("--quick", action="store_true", help="see that it works: few rounds, small tensors")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -71,6 +86,30 @@ def _shape(text: str) -> tuple[int, ...]:
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r}: expected positive sizes as in 2048x768")
     return tuple(map(int, sizes))
+
+
+def _tune(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from pyllm.benchmarks import defaults, tune
+
+    if arguments.emit is None:
+        return tune.main(wide_console(), arguments.step, arguments.width)
+    operators = arguments.op or defaults.OPERATORS
+    for name in operators:
+        if name not in defaults.OPERATORS:
+            parser.error(f"--op: unknown operator {name!r}: expected {', '.join(defaults.OPERATORS)}")
+    dtypes = arguments.dtype or DTYPES[:3]
+    device = _device(arguments, parser)
+    return defaults.emit(arguments.emit, wide_console(), operators, dtypes, device, arguments.quick)
+
+
+def _device(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    import torch
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no CUDA device")
+    if arguments.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return arguments.device
 
 
 def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -85,24 +124,26 @@ def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             console.print(f"{benchmark.name:16} {benchmark.axes:36} {', '.join(filter(None, benchmark.variants))}")
         return 0
     cases, tiny = _cases(arguments, parser)
-    compiled = arguments.peer == "compile" and not arguments.quick
+    peers = arguments.peer or (() if arguments.quick else measure.DEFAULT_PEERS)
 
-    def measured(some: list, label: str, with_compile: bool) -> list:
+    def measured(some: list, label: str, peers: Sequence[str], end_to_end: bool) -> list:
         return [
             result
             for case in track(some, label, console=console, transient=True)
-            for result in measure.measure(case, arguments.backend, with_compile, arguments.quick)
+            for result in measure.measure(case, arguments.backend, peers, arguments.quick, end_to_end)
         ]
 
     try:
-        results = measured(cases, "measuring", compiled)
-        overhead = measured(tiny, "call overhead", False)
+        results = measured(cases, "measuring", peers, False)
+        overhead = measured(tiny, "call overhead", (), True)
     except RuntimeError as error:
         console.print(f"pyllm bench: {error}", style="red", markup=False)
         return 1
     machine = timing.machine(arguments.device) | measure.limits(cases, arguments.quick)
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
     console.print(report.table(results), report.overhead_table(overhead))
+    for refusal in dict.fromkeys(f"{name}: {why}" for result in results for name, why in result.refused.items()):
+        console.print(f"not measured: {refusal}", markup=False)
     everything = [*results, *overhead]
     if arguments.json:
         report.write_json(arguments.json, everything, machine)
@@ -115,17 +156,14 @@ def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list, list]:
     """The cases that the arguments ask for, and those on tiny tensors; ends the program where there are none."""
-    import torch
-
     from pyllm.benchmarks import measure
     from pyllm.benchmarks.catalogue import BENCHMARKS
 
+    for peer in set(arguments.peer or ()) - {"eager", *measure.PEERS}:
+        parser.error(f"unknown peer {peer!r}: expected eager, {', '.join(measure.PEERS)}")
     if arguments.op != "all" and arguments.op not in BENCHMARKS:
         parser.error(f"unknown operator {arguments.op!r}: expected all, list, {', '.join(BENCHMARKS)}")
-    if arguments.device == "auto":
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no CUDA device")
+    arguments.device = _device(arguments, parser)
     cases, tiny = [], []
     for benchmark in BENCHMARKS.values() if arguments.op == "all" else [BENCHMARKS[arguments.op]]:
         for shape in arguments.shape or ():

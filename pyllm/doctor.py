@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import pyllm
-from pyllm import _library
+from pyllm import _library, dispatch
 from pyllm.backend import BACKENDS, backends
 
 # What kernels look for, on x86 and Arm.
@@ -23,13 +23,13 @@ FEATURES += ("amx_tile", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
 def main(console: Console) -> int:
     """Prints the report; nothing that is missing is an error, so the exit code is 0."""
     facts = Table.grid(padding=(0, 2))
-    for name, value in [*_versions(), *_compiled_part(), *_devices(), *_settings()]:
+    for name, value in [*_versions(), *_compiled_part(), *_devices(), _defaults(), *_settings()]:
         facts.add_row(f"[bold]{name}[/]", escape(value))
     console.print(facts)
     usable = Table("backend", "on cpu", "on cuda", title="Backends", title_justify="left")
     no_device = None if torch.cuda.is_available() else "torch sees no device"
     for name in BACKENDS:
-        problems = (backends("cpu")[name], no_device or backends("cuda")[name])
+        problems = (backends("cpu")[name], backends("cuda")[name] or no_device)
         usable.add_row(name, *(escape(problem or "usable") for problem in problems))
     console.print(usable)
     return 0
@@ -83,6 +83,14 @@ def _devices() -> list[tuple[str, str]]:
         memory = f"{device.total_memory / 2**30:.0f} GiB"
         rows.append((f"cuda:{index}", f"{device.name}, sm_{device.major}{device.minor}, {memory}"))
     return rows
+
+
+def _defaults() -> tuple[str, str]:
+    """Where the default backends are measured ones."""
+    places = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    measured = {row.device for row in dispatch.table()}
+    known = [place for place in places if dispatch.device_name(torch.device(place)) in measured]
+    return "defaults", f"measured on {', '.join(known)}" if known else "not measured on these devices"
 
 
 def _cpu_flags() -> set[str]:

@@ -45,7 +45,7 @@ def test_peers_compute_what_pyllm_computes(case):
 
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_every_case_is_measured(case):
-    (result,) = measure.measure(case, "reference", compiled=False, quick=True)
+    (result,) = measure.measure(case, "reference", peers=(), quick=True)
     assert result.problem is None and result.backend == "reference" and not result.fresh_pages
     assert min(result.seconds.values()) > 0 and result.ratio["eager"] == 1.0
     assert result.rate > 0 and result.share > 0
@@ -94,11 +94,42 @@ def test_drift_cancels_and_the_ratio_is_paired(monkeypatch):
     assert times.ratio["pyllm"] == pytest.approx((3.0 + drift) / (2.0 + drift))
 
 
+class Event:
+    """A CUDA event on a clock that calls and erasures set forward."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_gpu_clocks(monkeypatch):
+    def advance(milliseconds):
+        Event.now += milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    synchronized = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronized.append(True))
+    monkeypatch.setattr(timing, "_l2_eraser", lambda: type("Cache", (), {"zero_": lambda _: advance(100.0)})())
+    assert timing.seconds(lambda: advance(2.0), "cuda", 5) == pytest.approx(2e-3)
+    calls = []
+    assert 0 < timing._gpu_wall_seconds(lambda: calls.append(True), 7) < 1e-2
+    assert len(calls) == 7 and len(synchronized) == 3
+    times = timing.paired({"eager": lambda: advance(3.0), "pyllm": lambda: advance(2.0)}, "cuda", rounds=3, slot=1e-6)
+    assert times.ratio["pyllm"] == pytest.approx(1.5) and times.seconds["pyllm"] == pytest.approx(2e-3)
+
+
 def test_a_red_case_has_no_time(monkeypatch, capsys):
     wrong = Implementation(lambda x, *options: 1.01 * torch.softmax(x, -1))
     monkeypatch.setitem(SOFTMAX.implementations, "torch", wrong)
     case = measure.Case(BENCHMARKS["softmax"], (1, 8, 8), "fp32", "forward")
-    (result,) = measure.measure(case, "torch", compiled=False, quick=True)
+    (result,) = measure.measure(case, "torch", peers=(), quick=True)
     assert "output 0" in result.problem and not result.seconds and result.rate is None
     assert cli.main(["bench", "softmax", "--quick", "--backend", "torch", "--variant", ""]) == 1
     assert capsys.readouterr().out.count("RED: output 0") == 6
@@ -106,8 +137,26 @@ def test_a_red_case_has_no_time(monkeypatch, capsys):
 
 def test_compiled_peer():
     case = measure.Case(BENCHMARKS["rms_norm"], (4, 64), "fp32", "backward")
-    (result,) = measure.measure(case, "reference", compiled=True, quick=True)
+    (result,) = measure.measure(case, "reference", quick=True)
     assert set(result.seconds) == {"eager", "pyllm", "compile"}
+
+
+def test_peers_by_name():
+    case = measure.Case(BENCHMARKS["rms_norm"], (4, 64), "fp32", "both")
+    (result,) = measure.measure(case, "reference", peers=("torch", "liger", "sdpa-flash"), quick=True)
+    assert set(result.seconds) == set(result.memory) == {"eager", "pyllm", "torch"}
+    assert result.backend == "reference" and "liger_kernel" in result.refused["liger"]
+    attention = measure.Case(BENCHMARKS["attention"], (1, 1, 8, 16), "fp32", "forward")
+    (result,) = measure.measure(attention, "reference", peers=("sdpa-flash", "sdpa-cudnn", "native"), quick=True)
+    assert set(result.seconds) >= {"eager", "pyllm", "sdpa-flash"} and set(result.refused) >= {"sdpa-cudnn"}
+
+
+@pytest.mark.parametrize("variant", ["", "causal"])
+def test_flex_attention_is_a_peer(variant):
+    workload = measure.Case(BENCHMARKS["attention"], (1, 2, 128, 16), "fp32", "forward", variant).workload()
+    flex = workload.peer("flex")
+    tensors = {name: t.detach() for name, t in flex.keywords.items()}  # it has no gradient on the CPU
+    torch.testing.assert_close(flex.func(*flex.args, **tensors), workload.calls["eager"]())
 
 
 def test_warm_allocator_keeps_pages():

@@ -21,6 +21,7 @@ def test_doctor(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     told = capsys.readouterr().out
     assert "it was left at home" in told and "a C++ compiler is needed" in told
+    assert "measured on" in told
 
 
 def test_module_and_list():
@@ -58,6 +59,7 @@ def test_bench_writes_what_it_measured(tmp_path, capsys):
         (["softmax", "--shape", "3x4"], "softmax takes matrices x rows x width, got 3x4"),
         (["softmax", "--variant", "masked"], "softmax has '', 'causal', not 'masked'"),
         (["softmax", "--backend", "fast"], "invalid choice: 'fast'"),
+        (["softmax", "--peer", "fast"], "unknown peer 'fast'"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -27,6 +27,7 @@ def test_every_call_is_explained():
 
 def test_a_default_choice_says_what_it_passed_over(monkeypatch):
     monkeypatch.setattr("pyllm._library.error", "it was left at home")
+    monkeypatch.setattr("pyllm.backend._plans", {})
     (choice,) = pyllm.explain(pyllm.ops.add_layer_norm, *torch.randn(2, 3, 8), dropout_p=0.5)
     assert choice.backend == "reference"
     assert "it was left at home" in choice.reason and "dropout mask would differ" in choice.reason

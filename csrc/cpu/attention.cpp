@@ -2,6 +2,7 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -182,6 +183,18 @@ int64_t parts_of(const Call& call) {
   return std::min(args.heads / args.kv_heads * blocks, parts);
 }
 
+// Whether scores share elements of the mask. Dimensions of one key or query are left to count as shared.
+bool is_broadcast(const Attention& args, const Tensor& mask) {
+  return mask.size(0) != args.count || mask.size(1) != args.heads || mask.size(2) == 1 || mask.size(3) == 1;
+}
+
+void zero(Tensor& t) {
+  auto* bytes = static_cast<char*>(t.data_ptr());
+  parallel_for(0, t.numel(), kGrain, [&, size = t.element_size()](int64_t begin, int64_t end) {
+    std::memset(bytes + begin * size, 0, (end - begin) * size);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& out_in, const Tensor& lse_in,
     bool mask_gradient, bool bias_gradient, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -201,17 +214,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const bool single = parts == 1;
   Tensor partials = uninitialised(query, {single ? 0 : args.kv_heads, parts, 2, keys, padded_width(query)}, statistics);
   Tensor bias_partials = uninitialised(query, {bias_gradient ? args.heads : 0, args.count * parts, summed}, statistics);
-  const AttentionBackward backward{.call = args,
-                                   .out = heads_of(out),
-                                   .dout = heads_of(dout),
-                                   .dquery = heads_of(dquery),
-                                   .dkey = heads_of(dkey),
-                                   .dvalue = heads_of(dvalue),
-                                   .lse = lse.data_ptr(),
-                                   .dlse = dlse.has_value() ? dlse->data_ptr() : nullptr,
-                                   .partials = single ? nullptr : partials.data_ptr(),
-                                   .bias_partials = bias_gradient ? bias_partials.data_ptr() : nullptr,
-                                   .parts = parts};
+  AttentionBackward backward{.call = args,
+                             .out = heads_of(out),
+                             .dout = heads_of(dout),
+                             .dquery = heads_of(dquery),
+                             .dkey = heads_of(dkey),
+                             .dvalue = heads_of(dvalue),
+                             .lse = lse.data_ptr(),
+                             .dlse = dlse.has_value() ? dlse->data_ptr() : nullptr,
+                             .partials = single ? nullptr : partials.data_ptr(),
+                             .bias_partials = bias_gradient ? bias_partials.data_ptr() : nullptr,
+                             .parts = parts};
+  Tensor dmask = mask_gradient ? uninitialised(*mask, mask->sizes()) : uninitialised(query, {0});
+  const bool broadcast = mask_gradient && is_broadcast(args, *mask);
+  if (mask_gradient && !broadcast) {
+    zero(dmask);
+    backward.dmask = {array(dmask), dmask.stride(0), dmask.stride(1), dmask.stride(2), 1};
+  }
   run_tasks(pick_attention_bwd(), backward, args.count * args.kv_heads * parts, call.work());
 
   if (!single) {
@@ -237,8 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     run_tasks(pick_attention_bias_gradient(), gradient, args.heads, bias_partials.numel());
   }
 
-  Tensor dmask = mask_gradient ? uninitialised(*mask, mask->sizes()) : uninitialised(query, {0});
-  if (mask_gradient) {
+  if (broadcast) {
     const MaskGradient gradient{.backward = backward,
                                 .dmask = array(dmask),
                                 .sequences = mask->size(0),

@@ -80,12 +80,14 @@ struct AttentionForward {
 // The (head of the group, query block) pairs of a sequence and key head are dealt out to `parts` tasks. A single one
 // writes the gradients of key and value; of several each writes its sums to its own part of `partials`
 // (Hkv, parts, 2, B * Sk, padded width). The bias's sums go to `bias_partials` (H, sequences, parts, 2 * reach + 1).
+// dmask, of a mask that is not broadcast, holds zeros, and gets the tiles that are not empty.
 struct AttentionBackward {
   Attention call;
   Heads out, dout, dquery, dkey, dvalue;
   const void *lse, *dlse;          // (B, H, Sq); dlse may be null
   void *partials, *bias_partials;  // null: a single part; not asked for
   int64_t parts;
+  ScoreMask dmask = {};
 };
 
 // dkey = scale * sum of the parts; dvalue = sum of the parts. keys: B * Sk.
@@ -103,7 +105,8 @@ struct BiasGradient {
   int64_t parts, summed, distances;
 };
 
-// The gradient of the mask, contiguous, of the shape (sequences, heads, rows, columns), each the mask's own size.
+// The gradient of a mask that is broadcast, contiguous, of the shape (sequences, heads, rows, columns), each the mask's
+// own size.
 struct MaskGradient {
   AttentionBackward backward;
   Array dmask;

@@ -248,6 +248,36 @@ void sum_parts(const C* from, int64_t parts, int64_t stride, int64_t n, C scale,
   });
 }
 
+// `count` lanes of a mask's gradient, in a dtype of `visit_mask_type`.
+template <class C, class M>
+void store_lanes(M* to, Vec<C> v, int count) {
+  if constexpr (std::is_same_v<Compute<M>, C> && !std::is_same_v<M, uint8_t>) {
+    store(to, v, count);
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = static_cast<M>(v[i]);
+  }
+}
+
+// Stores a tile (columns, kQueryBlock) as the matrix (rows, columns) of the dtype that it transposes to.
+template <class C>
+void store_transposed(const C* tile, int rows, int columns, DType dtype, void* data, int64_t offset, int64_t stride) {
+  constexpr int lanes = kLanes<C>;
+  visit_mask_type<C>(dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(data) + offset;
+    for (int column = 0; column < columns; column += lanes) {
+      const int count = columns - column < lanes ? columns - column : lanes;
+      for (int row = 0; row < rows; row += lanes) {
+        Vec<C> square[lanes];
+        for (int i = 0; i < lanes; ++i)
+          square[i] = i < count ? load(tile + (column + i) * kQueryBlock + row) : Vec<C>{};
+        transpose<C>(square);
+        for (int r = 0; r < lanes && row + r < rows; ++r)
+          store_lanes<C>(to + (row + r) * stride + column, square[r], count);
+      }
+    }
+  });
+}
+
 template <class T>
 void backward(const AttentionBackward& args, int64_t task) {
   using C = Compute<T>;
@@ -289,6 +319,10 @@ void backward(const AttentionBackward& args, int64_t task) {
       const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
       if (!score_gradients(call, block, rows, key, keys, p, ds, derivatives)) continue;
       if (args.bias_partials != nullptr) sum_by_distance(call, block, key, keys, ds, bias_sums(block.head));
+      if (const ScoreMask& to = args.dmask; to.data) {
+        const int64_t offset = sequence.index * to.sequence + block.head * to.head + block.first * to.row + key;
+        store_transposed(ds, block.count, keys, to.data.dtype, to.data.data, offset, to.row);
+      }
       if (derivatives != nullptr) {
         for (int j = 0; j < keys; ++j) {
           for_lanes<C>(block, [&, at = j * kQueryBlock](int i) {
@@ -394,21 +428,8 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
     for (int j = 0; j < columns_here; ++j)
       for (int i = 1; i < kQueryBlock; ++i) sums[j * kQueryBlock] += sums[j * kQueryBlock + i];
   }
-  visit_mask_type<C>(args.dmask.dtype, [&](auto type) {
-    using M = decltype(type);
-    M* to = args.dmask.as<M>() + (head * args.rows + row_begin) * args.columns + column_begin;
-    for (int row = 0; row < rows_here; ++row) {
-      for (int column = 0; column < columns_here; ++column) {
-        const C total = sums[column * kQueryBlock + row];
-        M* element = to + row * args.columns + column;
-        if constexpr (std::is_same_v<Compute<M>, C>) {
-          store(element, splat(total), 1);
-        } else {
-          *element = static_cast<M>(total);
-        }
-      }
-    }
-  });
+  store_transposed(sums, rows_here, columns_here, args.dmask.dtype, args.dmask.data,
+                   (head * args.rows + row_begin) * args.columns + column_begin, args.columns);
 }
 
 template <class T>

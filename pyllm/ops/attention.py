@@ -283,9 +283,9 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # dquery, dkey, dvalue; dattn_mask and ddistance_bias, each (0,) unless asked for
     call = AttentionCall(*args)
-    nothing = call.query.new_empty(0)
-    dmask = torch.empty_like(call.attn_mask, memory_format=torch.contiguous_format) if mask_gradient else nothing
-    dbias = torch.empty_like(call.distance_bias) if bias_gradient else nothing
+    query, mask, bias = call.query, call.attn_mask, call.distance_bias
+    dmask = mask.new_empty(mask.shape) if mask_gradient else query.new_empty(0)
+    dbias = bias.new_empty(bias.shape) if bias_gradient else query.new_empty(0)
     return *(merged_heads(x) for x in call[:3]), dmask, dbias
 
 

@@ -1,0 +1,70 @@
+"""Every kernel once, forward and backward, on sizes at its edges: compute-sanitizer watches it, `races` repeats it.
+
+python -m pyllm.benchmarks.exercise --device cuda
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pyllm.backend import CannotRun, unavailable, use_backend
+from pyllm.benchmarks import attention, norm, softmax
+from pyllm.benchmarks.measure import Benchmark, Case, staged
+
+KERNEL_BACKENDS = ("native", "triton")
+BENCHMARKS: tuple[Benchmark, ...] = (*norm.BENCHMARKS, *softmax.BENCHMARKS, *attention.BENCHMARKS)
+# By the number of sizes: odd widths, which misalign rows, and rows that several blocks share; tiles with a remainder.
+EDGES = {
+    2: ((5, 63), (33, 1000), (2, 20001)),
+    3: ((2, 5, 63), (1, 33, 1000), (1, 2, 20001)),
+    4: ((1, 2, 130, 64), (2, 1, 33, 80)),
+    5: ((2, 4, 2, 70, 64),),
+}
+
+
+def able(device: str) -> list[str]:
+    """The backends with kernels of this project that can run on the device."""
+    return [name for name in KERNEL_BACKENDS if unavailable(name, torch.device(device)) is None]
+
+
+def cases(device: str, quick: bool = False) -> Iterator[Case]:
+    """bf16 at every edge, fp32 at the first; quick: fp32, tiny."""
+    for benchmark in BENCHMARKS:
+        first, *others = [benchmark.tiny] if quick else EDGES[len(benchmark.tiny)]
+        sizes = [("fp32", first)] if quick else [("fp32", first), ("bf16", first), *(("bf16", s) for s in others)]
+        for (dtype, shape), variant in itertools.product(sizes, benchmark.variants):
+            yield Case(benchmark, shape, dtype, benchmark.passes[-1], variant, device)
+
+
+def run(case: Case, backend: str) -> list[Tensor] | None:
+    """Outputs and gradients of one case, from the same inputs and random numbers at each call; None: it cannot."""
+    workload = case.workload()
+    call = workload.calls["pyllm"]
+    try:
+        with use_backend(backend):
+            outputs = call()
+            results = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            if case.direction == "both":
+                results += staged(call, workload.leaves, "both")()
+    except CannotRun:
+        return None
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--quick", action="store_true", help="tiny tensors of one dtype")
+    arguments = parser.parse_args()
+    for backend in able(arguments.device):
+        ran = [run(case, backend) is not None for case in cases(arguments.device, arguments.quick)]
+        print(f"{backend}: {sum(ran)} of {len(ran)} cases ran")
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

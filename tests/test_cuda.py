@@ -1,0 +1,130 @@
+"""What only a GPU shows: streams, graphs, other devices, sizes. The numbers are tested with the other backends'."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import TARGETS
+from test_rows import NAMES, call_of, outputs_and_gradients
+
+import pyllm
+from pyllm import ops
+from pyllm.backend import refusal, use_backend
+from pyllm.testing import check
+
+KERNELS = [t for t in TARGETS if t.values[0][1] == "cuda" and t.values[0][0] in ("native", "triton")]
+
+pytestmark = pytest.mark.parametrize("target", KERNELS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_row_operator_is_served(target, name, dtype):
+    assert refusal(name, target[0], torch.device("cuda"), dtype) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_current_stream_is_used(target, name):
+    function, inputs = call_of(name, 300, 1000, "cuda")
+    with use_backend(target[0]):
+        expected = outputs_and_gradients(function, inputs)
+        late = {n: torch.zeros_like(t).requires_grad_() for n, t in inputs.items()}
+        outputs_and_gradients(function, late)  # compiles
+        large = torch.rand(8192, 8192, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(4):
+                large = large @ large  # the inputs come late; whoever does not wait sees zeros
+            with torch.no_grad():
+                for n, t in late.items():
+                    t.copy_(inputs[n])
+            actual = outputs_and_gradients(function, late)
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_captured_in_a_graph(target, name):
+    function, inputs = call_of(name, 300, 1000, "cuda")
+    static = {n: torch.zeros_like(t).requires_grad_() for n, t in inputs.items()}
+    with use_backend(target[0]):
+        expected = outputs_and_gradients(function, inputs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            outputs_and_gradients(function, static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = outputs_and_gradients(function, static)
+    with torch.no_grad():
+        for n, t in static.items():
+            t.copy_(inputs[n])
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(a, e) for a, e in zip(captured, expected, strict=True))
+
+
+def test_dropout_in_a_graph_is_drawn_anew(target):
+    x = torch.ones(64, 256, device="cuda")
+    function = partial(ops.add_rms_norm, x, torch.zeros_like(x), dropout_p=0.5)
+    with use_backend(target[0]), torch.no_grad():
+        function()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            _, z = function()
+    graph.replay()
+    first = z.clone()
+    graph.replay()
+    assert first.any() and not torch.equal(first, z)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_on_another_gpu_than_the_current(target, name):
+    function, inputs = call_of(name, 5, 1000, "cuda")
+    elsewhere = {n: t.detach().to("cuda:1").requires_grad_() for n, t in inputs.items()}
+    with use_backend(target[0]):
+        expected = outputs_and_gradients(function, inputs)
+        actual = outputs_and_gradients(function, elsewhere)
+    assert torch.cuda.current_device() == 0
+    for a, e in zip(actual, expected, strict=True):
+        assert a.device == torch.device("cuda", 1) and torch.equal(a.cpu(), e.cpu())
+
+
+def test_a_parameter_on_another_device(target):
+    x = torch.randn(3, 8, device="cuda")
+    with use_backend(target[0]):
+        with pytest.raises(RuntimeError, match="layer_norm: weight must be on the device of x, cuda:0, got cpu"):
+            ops.layer_norm(x, torch.ones(8))
+        with pytest.raises(RuntimeError, match="softmax: attn_mask must be on the device of x"):
+            ops.softmax(x, attn_mask=torch.ones(3, 8, dtype=torch.bool))
+        with pytest.raises(RuntimeError, match="add_rms_norm: residual must be on the device of x"):
+            ops.add_rms_norm(x, x.cpu())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fp64(target, name):
+    function, inputs = call_of(name, 3, 40, "cuda", torch.float64)
+    if target[0] == "native":
+        with use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run {name}: .* take no float64"):
+            function(**inputs)
+        assert pyllm.explain(function, **inputs)[0].backend == "triton"
+    else:
+        check(function, inputs, target[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_elements_than_32_bits_count(target, name):
+    rows, width = 2**31 // 4096 + 8, 4096
+    if torch.cuda.mem_get_info()[0] < 8 * 2 * rows * width:
+        pytest.skip("too little memory on this GPU")
+    torch.use_deterministic_algorithms(False)  # which would fill results of gigabytes with NaN first
+    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    last = x[-8:].clone()
+    others = {"residual": x} if name.startswith("add") else {}
+    others_of_last = {"residual": last} if others else {}
+    with use_backend(target[0]), torch.no_grad():
+        whole, alone = getattr(ops, name)(x, **others), getattr(ops, name)(last, **others_of_last)
+    whole, alone = (y[0] if isinstance(y, tuple) else y for y in (whole, alone))
+    torch.testing.assert_close(whole[-8:], alone)
