@@ -190,6 +190,7 @@ def test_the_gpu_tests_are_collected_where_there_is_a_gpu():
         "import sys, pytest, torch\n"
         "torch.cuda.is_available = lambda: True\n"
         "torch.cuda.device_count = lambda: 1\n"
+        "torch.cuda.get_device_capability = lambda device=None: (9, 0)\n"
         "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-p', 'no:cacheprovider']))\n"
     )
     root = Path(__file__).parent.parent
