@@ -156,6 +156,7 @@ def test_wrong_sizes_of_a_cache_are_named(change: dict, message: str):
         ({"training": True}, {}, RuntimeError, "cache is for generation, .* call eval"),
         ({"grad": True}, {}, RuntimeError, "call it under torch.no_grad"),
         ({"num_kv_heads": 1}, {}, ValueError, "key must have shape|multiple of"),
+        ({"dtype": torch.float64}, {}, TypeError, "key must have the cache's dtype, torch.float32, got torch.float64"),
     ],
 )
 def test_wrong_use_of_a_cache_is_named(state: dict, call: dict, error: type[Exception], message: str):
@@ -164,7 +165,7 @@ def test_wrong_use_of_a_cache_is_named(state: dict, call: dict, error: type[Exce
     training, grad = options.pop("training"), options.pop("grad")
     layer = EncoderLayer(*SIZES, **options).train(training)
     with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
-        layer(torch.randn(B, L, E), cache=cache, **call)
+        layer(torch.randn(B, L, E, dtype=options.get("dtype")), cache=cache, **call)
     with pytest.raises(ValueError, match="new must be a number"):
         cache.advance([1])
 

@@ -91,6 +91,8 @@ class KVCache:
         expected = (len(self._lengths), self.keys.shape[2], key.shape[2], self.keys.shape[4])
         if key.shape != expected:
             raise ValueError(f"KVCache: key must have shape (B, Hkv, S, D) = {expected}, got {tuple(key.shape)}")
+        if key.dtype != self.keys.dtype:
+            raise TypeError(f"KVCache: key must have the cache's dtype, {self.keys.dtype}, got {key.dtype}")
         if torch.is_grad_enabled() and key.requires_grad:
             raise RuntimeError("KVCache: what is stored has no gradient; call it under torch.no_grad()")
         positions = torch.arange(key.shape[2], device=key.device)
