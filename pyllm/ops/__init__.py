@@ -3,6 +3,7 @@
 from pyllm.ops.attention import attention, attention_varlen
 from pyllm.ops.attention_decode import attention_decode
 from pyllm.ops.attention_weights import attention_weights, merge_attention
+from pyllm.ops.cross_entropy import cross_entropy
 from pyllm.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from pyllm.ops.relative_bias import RelativeBias
 from pyllm.ops.softmax import log_softmax, softmax
@@ -15,6 +16,7 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "attention_weights",
+    "cross_entropy",
     "layer_norm",
     "log_softmax",
     "merge_attention",

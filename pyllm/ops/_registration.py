@@ -91,20 +91,17 @@ def draw_rng(tensor: Tensor, dropout_p: float) -> Tensor | None:
 
 
 def on_kernels(
-    make: Callable[[OpOverload, OpOverload], Implementation],
-    fwd: Kernel,
-    bwd: Kernel,
-    tiles: Callable[..., str] | None = None,
+    make: Callable[..., Implementation], *kernels: Kernel, tiles: Callable[..., str] | None = None
 ) -> dict[str, Implementation]:
     """The implementations of an operator on its registered kernels, one for each kernel backend that there is.
 
-    tiles(backend, *arguments of the operator) tells the tile sizes; without it the kernel takes whole rows.
+    make takes the overloads of the kernels, of which the first names the operator. tiles(backend, *arguments of the operator) tells the tile sizes; without it the kernel takes whole rows.
     """
-    pairs = {"native": (fwd.native, bwd.native), "triton": (fwd.triton, bwd.triton)}
+    by_backend = {name: [getattr(k, name) for k in kernels] for name in ("native", "triton")}
     return {
-        name: replace(make(*pair), kernel=named_kernel(name, pair[0], tiles))
-        for name, pair in pairs.items()
-        if None not in pair
+        name: replace(make(*overloads), kernel=named_kernel(name, overloads[0], tiles))
+        for name, overloads in by_backend.items()
+        if None not in overloads
     }
 
 
