@@ -149,6 +149,12 @@ def cross_entropy(
     return loss.sum() if reduction == "sum" else loss
 
 
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options) -> Tensor:
+    """Cross-entropy of the logits hidden (..., D) weight (V, D)^T + bias (V) at target (...); options as there."""
+    logits = hidden @ weight.mT
+    return cross_entropy(logits if bias is None else logits + bias, target, None, *options)
+
+
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:

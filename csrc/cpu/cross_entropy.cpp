@@ -53,8 +53,7 @@ Tensor forward(const Tensor& logits, Tensor* gradient, const Tensor& target, con
                            .ignore_index = ignore_index,
                            .weight_total = static_cast<double>(rows.width),
                            .label_smoothing = label_smoothing,
-                           .z_loss = z_loss,
-                           .past_caches = gradient != nullptr && gradient != &logits && past_caches(*gradient)};
+                           .z_loss = z_loss};
   if (weight.has_value()) {
     args.weight = statistics("weight", *weight, logits, rows.width);
     args.weight_total = sum_of(args.weight, rows.width);

@@ -13,7 +13,6 @@ struct CrossEntropyForward {
   Array weight, scale, loss;  // statistics type; weight of each class, or none; scale has one element, or is 1
   int64_t width, ignore_index;
   double weight_total, label_smoothing, z_loss;
-  bool past_caches;
 };
 
 // Merges the columns [first, first + width) of the vocabulary into each row's largest logit, sum of exponentials

@@ -79,25 +79,16 @@ struct Coefficients {
 };
 
 template <class C, class T>
-void write_gradient(const T* x, T* dx, int64_t n, int64_t target, const Coefficients<C>& k, const C* weight,
-                    bool past_caches) {
-  const auto spread = [&](int64_t i, int count) {
+void write_gradient(const T* x, T* dx, int64_t n, int64_t target, const Coefficients<C>& k, const C* weight) {
+  const auto gradient = [&](int64_t i, int count) {
     const Vec<C> softmax = exp(load(x + i, count) - k.shift) * k.a;
     return weight == nullptr ? softmax - k.c : softmax - load(weight + i, count) * k.c;
   };
-  if (target < 0 || target >= n) {
-    write_row<C>(dx, n, past_caches, spread);
-    return;
-  }
-  const Vec<C> there = spread(target, 1) - k.b;  // of its own, so that it is rounded once; before x is overwritten
-  write_row<C>(dx, n, past_caches, spread);
-  if (past_caches) end_streams();
-  store(dx + target, there, 1);
-}
-
-template <class C, class T>
-void fill_row(T* row, int64_t n, C value, bool past_caches) {
-  write_row<C>(row, n, past_caches, [&](int64_t, int) { return splat(value); });
+  const bool inside = target >= 0 && target < n;
+  Vec<C> there{};  // apart from the rest, so that it is rounded once; and before x is overwritten
+  if (inside) there = gradient(target, 1) - k.b;
+  for_vectors<C>(n, [&](int64_t i, int count) { store(dx + i, gradient(i, count), count); });
+  if (inside) store(dx + target, there, 1);
 }
 
 template <class T>
@@ -116,7 +107,7 @@ void forward(const CrossEntropyForward& args, int64_t begin, int64_t end) {
     const bool ignored = target == args.ignore_index;
     if (ignored || target < 0 || target >= n) {
       loss = ignored ? 0 : std::numeric_limits<C>::quiet_NaN();
-      if (dx != nullptr) fill_row<C>(dx, n, loss, args.past_caches);
+      if (dx != nullptr) for_vectors<C>(n, [&](int64_t i, int count) { store(dx + i, splat(loss), count); });
       continue;
     }
 
@@ -135,9 +126,8 @@ void forward(const CrossEntropyForward& args, int64_t begin, int64_t end) {
     const C b = (1 - smoothing) * target_weight;
     const C a = b + share * weight_total + (z_loss == 0 ? 0 : 2 * z_loss * lse);
     const Coefficients<C> k{shift_of(sums.peak), scale * a / sums.total, scale * b, scale * share};
-    write_gradient<C>(x, dx, n, target, k, weight, args.past_caches);
+    write_gradient<C>(x, dx, n, target, k, weight);
   }
-  end_streams();
 }
 
 template <class T>
@@ -165,7 +155,7 @@ void shard_backward(const CrossEntropyShardBackward& args, int64_t begin, int64_
     T* x = args.logits.as<T>() + row * args.width;
     const C* k = args.coefficients.as<const C>() + row;
     write_gradient<C>(x, x, args.width, args.target[row] - args.first,
-                      {k[0], k[args.rows], k[2 * args.rows], k[3 * args.rows]}, nullptr, false);
+                      {k[0], k[args.rows], k[2 * args.rows], k[3 * args.rows]}, nullptr);
   }
 }
 

@@ -4,6 +4,7 @@ from pyllm.ops.attention import attention, attention_varlen
 from pyllm.ops.attention_decode import attention_decode
 from pyllm.ops.attention_weights import attention_weights, merge_attention
 from pyllm.ops.cross_entropy import cross_entropy
+from pyllm.ops.linear_cross_entropy import linear_cross_entropy
 from pyllm.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from pyllm.ops.relative_bias import RelativeBias
 from pyllm.ops.softmax import log_softmax, softmax
@@ -18,6 +19,7 @@ __all__ = [
     "attention_weights",
     "cross_entropy",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
     "rms_norm",

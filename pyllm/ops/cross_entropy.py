@@ -168,13 +168,15 @@ def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementa
                 loss, dlogits = fwd(*args, True)
             ctx.save_for_backward(dlogits, late)
             ctx.set_materialize_grads(False)
-            return _reduced(loss, scale, reduction), logits if inplace else None
+            return reduced(loss, scale, reduction), logits if inplace else None
 
         @staticmethod
         @once_differentiable
         def backward(ctx, dloss, dconsumed):
             if dconsumed is not None:
                 raise RuntimeError("cross_entropy: inplace=True has consumed the logits, but they were used afterwards")
+            if dloss is None:
+                return (None,) * 7
             dlogits, late = ctx.saved_tensors
             factor = (dloss if late is None else dloss * late).contiguous()
             dlogits = kept_gradient(dlogits)
@@ -188,22 +190,23 @@ def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementa
         options = (ignore_index, label_smoothing, z_loss)
         if needs_grad(logits):
             return apply(CrossEntropy, logits, target, weight, scale, options, reduction, inplace)[0]
-        return _reduced(fwd(logits, target, weight, None, *options, False)[0], scale, reduction)
+        return reduced(fwd(logits, target, weight, None, *options, False)[0], scale, reduction)
 
     return Implementation(run)
 
 
-def _reduced(loss: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+def reduced(loss: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     return loss.sum() if scale is None else loss.sum() * scale
 
 
-def _on_torch(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, inplace):
+def torch_cross_entropy(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, inplace):
+    scale = inverse_count(target, weight, ignore_index, statistics_type(logits)) if reduction == "mean" else None
     weight = None if weight is None else weight.to(logits.dtype)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
     loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), weight, **options)
-    return loss.reshape(target.shape) if reduction == "none" else loss
+    return reduced(loss.reshape(target.shape).to(statistics_type(logits)), scale, reduction)  # torch's sums 16 bits
 
 
 def _unfit_for_torch(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, inplace) -> str | None:
@@ -214,7 +217,7 @@ CROSS_ENTROPY = Operator(
     "cross_entropy",
     on_kernels(_on, cross_entropy_fwd, cross_entropy_inplace_fwd, cross_entropy_bwd)
     | {
-        "torch": Implementation(_on_torch, _unfit_for_torch, fused=False),
+        "torch": Implementation(torch_cross_entropy, _unfit_for_torch, fused=False),
         "reference": Implementation(lambda *args: reference.cross_entropy(*args[:-1]), fused=False),
     },
 )
