@@ -8,8 +8,8 @@ to: 16 bits of 128k classes are 256 KB, which it finds in L2. A row up to LIMIT 
 Where the logits of a row are made piece by piece, the shard kernels are the two sweeps: one merges the columns of a
 piece into m, l, x_t and sum(x) of each row, the other turns a piece into its gradient, given the factors.
 
-Bytes an element of e bytes: e without the gradient, 2 e with it, e / 2 e for the sweeps by themselves. About 10 FLOPs an
-element, of which an exponential for each sweep: bound by memory. Arithmetic is fp32, or fp64 for fp64.
+Bytes an element of e bytes: e without the gradient, 2 e with it; e and 2 e for the sweeps by themselves. About 10
+FLOPs, of which an exponential for each sweep: bound by memory. Arithmetic is fp32, or fp64 for fp64.
 """
 
 from collections.abc import Iterator
@@ -163,9 +163,7 @@ def cross_entropy_shard_fwd_kernel(
     o_base = tl.arange(0, BLOCK_M)[:, None] * N
     p_x += start * N
     zero = tl.zeros([BLOCK_M, 1], COMPUTE)
-    peak, total, sum, _ = _row_sums(
-        p_x, None, o_base, m_rows, N, zero, True, COMPUTE, BLOCK_N, N if LOOPED else 1
-    )
+    peak, total, sum, _ = _row_sums(p_x, None, o_base, m_rows, N, zero, True, COMPUTE, BLOCK_N, N if LOOPED else 1)
 
     p_peak = p_statistics + row
     p_total = p_peak + rows
@@ -208,9 +206,7 @@ def cross_entropy_shard_bwd_kernel(
     b = tl.load(p_shift + 2 * rows, mask=m_rows, other=0.0)
     c = tl.load(p_shift + 3 * rows, mask=m_rows, other=0.0)
     target = tl.load(p_target + row, mask=m_rows, other=-1) - first
-    _write_gradient(
-        p_x, p_x, None, o_base, m_rows, N, target, shift, a, b, c, COMPUTE, BLOCK_N, N if LOOPED else 1
-    )
+    _write_gradient(p_x, p_x, None, o_base, m_rows, N, target, shift, a, b, c, COMPUTE, BLOCK_N, N if LOOPED else 1)
 
 
 @triton.jit

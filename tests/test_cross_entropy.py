@@ -209,7 +209,6 @@ def test_a_kept_graph_gives_the_same_gradient_again(target, reduction):
 @pytest.mark.parametrize("target", KERNEL_TARGETS)
 def test_the_gradient_is_not_touched_where_the_incoming_one_is_one(target):
     backend, device = target
-    logits, index = randn(6, 31, device=device), targets((6, 31), device)
     kernel = getattr(torch.ops, "pyllm" if backend == "native" else "pyllm_triton").cross_entropy_bwd
     gradient = torch.rand(6, 31, device=device)
     before = gradient.clone()

@@ -247,7 +247,7 @@ def test_cross_entropy_raises_what_torch_raises(arguments):
     given = {"input": torch.randn(5, 7, requires_grad=True), "target": torch.zeros(5, dtype=torch.int64), **arguments}
     raised = []
     for module in (F, PF):
-        with pytest.raises(Exception) as problem:  # noqa: PT011
+        with pytest.raises(Exception) as problem:
             module.cross_entropy(**given)
         raised.append(problem.type)
     assert raised[0] is raised[1]

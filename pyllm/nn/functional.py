@@ -105,7 +105,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """torch.nn.functional.cross_entropy of input (C), (N, C) or (N, C, d1, ...) and class indices (), (N) or (N, d1, ...).
+    """torch.nn.functional.cross_entropy: input (C), (N, C) or (N, C, d1, ...), class indices (), (N) or (N, d1, ...).
 
     Class probabilities as target, and what does not fit, go to torch's own function.
     """

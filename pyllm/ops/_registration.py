@@ -102,7 +102,8 @@ def on_kernels(
 ) -> dict[str, Implementation]:
     """The implementations of an operator on its registered kernels, one for each kernel backend that there is.
 
-    make takes the overloads of the kernels, of which the first names the operator. tiles(backend, *arguments of the operator) tells the tile sizes; without it the kernel takes whole rows.
+    make takes the overloads of the kernels, of which the first names the operator. tiles(backend, *arguments of the
+    operator) tells the tile sizes; without it the kernel takes whole rows.
     """
     by_backend = {name: [getattr(k, name) for k in kernels] for name in ("native", "triton")}
     return {

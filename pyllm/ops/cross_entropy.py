@@ -29,8 +29,8 @@ def cross_entropy(
     """torch.nn.functional.cross_entropy over the last dimension, plus z_loss * log-sum-exp(logits)^2 for each target.
 
     logits: (..., V), float32, float64, bfloat16 or float16; target: (...) int64. weight (V), of logits' dtype or
-    float32 and without a gradient, and label_smoothing in [0, 1] are as in torch; the z-loss (Chowdhery et al., 2022) is
-    not weighted. A target of ignore_index counts nowhere: loss 0, gradient 0. reduction: "none" returns (...), "sum"
+    float32 and without a gradient, and label_smoothing in [0, 1] are as in torch; the z-loss (Chowdhery et al., 2022)
+    is not weighted. A target of ignore_index counts nowhere: loss 0, gradient 0. reduction: "none" returns (...), "sum"
     and "mean" a scalar; the mean is over the targets that count, or their weights, and NaN over none. The result has
     logits' dtype, and is float32 under autocast, as torch's.
 
@@ -152,6 +152,20 @@ def cross_entropy_inplace_fwd(
 @kernel("cross_entropy", mutates=("gradient",))
 def cross_entropy_bwd(gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor, of one element or one for each row. Nothing is read or written where that is 1."""
+
+
+@kernel("cross_entropy", mutates=("statistics",))
+def cross_entropy_shard_fwd(statistics: Tensor, logits: Tensor, target: Tensor, first: int) -> None:
+    """Merges logits (N, width) of the classes from `first` on into statistics (4, N).
+
+    These are each row's largest logit, sum of exponentials relative to it, the target's logit if it is here, and sum of
+    logits; they begin as -inf, 0, 0, 0.
+    """
+
+
+@kernel("cross_entropy", mutates=("logits",))
+def cross_entropy_shard_bwd(logits: Tensor, coefficients: Tensor, target: Tensor, first: int) -> None:
+    """logits = a exp(logits - shift) - c, and - b at the target, with coefficients (4, N): shift, a, b, c."""
 
 
 def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementation:

@@ -57,7 +57,7 @@ def linear_cross_entropy(
     memory_budget: bytes that the call may hold beyond its results, which are the loss and the gradients. None is an
     eighth of the logits, or 32 MiB if that is more. A larger one saves time: one that has room for the weight's
     gradient in float32 saves a product of four for 16-bit weights. Raises ValueError, with the least that works, if it
-    cannot be met. Backend `torch` holds all logits, and so takes no budget.
+    cannot be met. Backends `torch`, which takes no budget, and `reference` hold all logits.
 
     process_group: the vocabulary is split over its ranks in their order, and weight and bias are this rank's part,
     equally large on each; hidden and target are the same on all. The loss, and the gradient of hidden, summed over the
@@ -74,11 +74,12 @@ def linear_cross_entropy(
         classes *= dist.get_world_size(process_group)
     check_targets(name, target, "hidden", hidden, classes, ignore_index)
     check_options(name, label_smoothing, z_loss, reduction)
-    rows, index = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    if memory_budget is not None and (not isinstance(memory_budget, int) or isinstance(memory_budget, bool)):
+        raise TypeError(f"{name}: memory_budget must be a number of bytes, got {type(memory_budget).__name__}")
+    rows = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]
+    index = target.reshape(-1)
     wanted = [t is not None and needs_grad(t) for t in (hidden, weight, bias)]
-    late = reduction == "none" or hidden.dtype == torch.float16 or process_group is not None
-    by_tokens, memory = chunks.plan(rows, weight, wanted, late, memory_budget)
-    shard = (by_tokens, memory, first, classes, process_group)
+    shard = (first, classes, process_group)
     args = (rows, weight, index, bias, ignore_index, label_smoothing, z_loss, reduction, memory_budget, wanted, shard)
     loss = select(LINEAR_CROSS_ENTROPY, *args)(*args).to(dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
@@ -97,14 +98,12 @@ def _check(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
         _checks.shape(op, "bias", bias, weight.shape[:1], "(V,)")
 
 
-# --- operators as PyTorch's dispatcher knows them. wanted: which of hidden, weight and bias get a gradient, not (0,) ---
+# --- operators as PyTorch's dispatcher knows them. wanted: whether hidden, weight and bias get a gradient, or (0,) ---
 
 
 def _gradients(wanted: list[bool], *tensors: Tensor | None) -> tuple[Tensor, ...]:
     like = tensors[0]
-    return tuple(
-        t.new_empty(t.shape) if asked else like.new_empty(0) for t, asked in zip(tensors, wanted, strict=True)
-    )
+    return tuple(t.new_empty(t.shape) if asked else like.new_empty(0) for t, asked in zip(tensors, wanted, strict=True))
 
 
 @kernel(chunks.by_tokens)
@@ -170,28 +169,27 @@ def _on(fwd: OpOverload, shard_fwd: OpOverload, shard_bwd: OpOverload, scale_gra
 
     class ByVocabulary(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, weight, bias, target, scale, options, reduction, wanted, shard):
-            loss, statistics = losses(hidden, weight, target, bias, options, shard)
+        def forward(ctx, hidden, weight, bias, target, scale, options, reduction, wanted, memory, shard):
+            loss, statistics = losses(hidden, weight, target, bias, options, memory, shard)
             ctx.save_for_backward(hidden, weight, bias, target, scale, statistics)
-            ctx.options, ctx.wanted, ctx.shard = options, wanted, shard
+            ctx.options, ctx.wanted, ctx.memory, ctx.shard = options, wanted, memory, shard
             return reduced(loss, scale, reduction)
 
         @staticmethod
         @once_differentiable
         def backward(ctx, dloss):
             hidden, weight, bias, target, scale, statistics = ctx.saved_tensors
-            _, memory, first, classes, group = ctx.shard
+            first, classes, group = ctx.shard
             dloss = dloss if scale is None else dloss * scale
             coefficients = chunks.coefficients(dloss, statistics, target, *ctx.options, classes)
-            args = (hidden, weight, target, bias, first, ctx.wanted, memory)
-            gradients = shard_bwd(coefficients, *args)
+            gradients = shard_bwd(coefficients, hidden, weight, target, bias, first, ctx.wanted, ctx.memory)
             if group is not None and ctx.wanted[0]:
                 dist.all_reduce(gradients[0], group=group)
             gradients = (g if asked else None for g, asked in zip(gradients, ctx.wanted, strict=True))
-            return *gradients, *(None,) * 6
+            return *gradients, *(None,) * 7
 
-    def losses(hidden, weight, target, bias, options, shard):
-        _, memory, first, classes, group = shard
+    def losses(hidden, weight, target, bias, options, memory, shard):
+        first, classes, group = shard
         statistics = shard_fwd(hidden, weight, target, bias, first, memory)
         if group is not None:
             statistics = _combined(statistics, group)
@@ -202,13 +200,16 @@ def _on(fwd: OpOverload, shard_fwd: OpOverload, shard_bwd: OpOverload, scale_gra
         scale = None
         if reduction == "mean":
             scale = inverse_count(target, None, ignore_index, statistics_type(hidden))
+        # A gradient that would underflow before a loss scale comes in, or that depends on more than one number.
+        late = reduction == "none" or hidden.dtype == torch.float16 or shard[-1] is not None
+        by_tokens, memory = chunks.plan(hidden, weight, wanted, late, budget)
         if not any(wanted):
-            return reduced(losses(hidden, weight, target, bias, options, shard)[0], scale, reduction)
-        if shard[0]:
-            return apply(ByTokens, hidden, weight, bias, target, scale, options, wanted, shard[1])
-        return apply(ByVocabulary, hidden, weight, bias, target, scale, options, reduction, wanted, shard)
+            return reduced(losses(hidden, weight, target, bias, options, memory, shard)[0], scale, reduction)
+        if by_tokens:
+            return apply(ByTokens, hidden, weight, bias, target, scale, options, wanted, memory)
+        return apply(ByVocabulary, hidden, weight, bias, target, scale, options, reduction, wanted, memory, shard)
 
-    return Implementation(run, fused=True)
+    return Implementation(run)
 
 
 def _combined(statistics: Tensor, group) -> Tensor:

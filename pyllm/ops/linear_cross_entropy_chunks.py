@@ -20,8 +20,6 @@ def plan(hidden: Tensor, weight: Tensor, wanted: list[bool], late: bool, budget:
 
     late: the gradients cannot be made in the forward. Raises ValueError for a budget that is too small.
     """
-    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool)):
-        raise TypeError(f"linear_cross_entropy: memory_budget must be a number of bytes, got {type(budget).__name__}")
     n, classes = hidden.shape[0], weight.shape[0]
     fixed_tokens, token = _fixed(weight, hidden, wanted[1]), classes * hidden.itemsize
     fixed_columns, column = _fixed(hidden, weight, wanted[0]), n * hidden.itemsize
@@ -36,7 +34,7 @@ def plan(hidden: Tensor, weight: Tensor, wanted: list[bool], late: bool, budget:
     least = fixed_columns + column
     if tokens_fit:
         least = min(least, fixed_tokens + token)
-    raise ValueError(f"linear_cross_entropy: memory_budget must be at least {least} bytes for these sizes, got {budget}")
+    raise ValueError(f"linear_cross_entropy: memory_budget must be at least {least} bytes here, got {budget}")
 
 
 def _fixed(accumulated: Tensor, other: Tensor, wanted: bool) -> int:
@@ -171,7 +169,7 @@ def losses(statistics: Tensor, target: Tensor, ignore_index, label_smoothing, z_
 def coefficients(
     dloss: Tensor, statistics: Tensor, target: Tensor, ignore_index, label_smoothing, z_loss, classes: int
 ) -> Tensor:
-    """(4, N): shift, a, b, c of `linear_cross_entropy_shard_bwd`, with dloss, of each token or of all, multiplied in."""
+    """(4, N): shift, a, b, c of `linear_cross_entropy_shard_bwd`. dloss is of each token, or of all."""
     peak, total = statistics[:2]
     rows = dloss.expand(peak.shape)
     a = rows / total
