@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from pyllm.backend import CannotRun, unavailable, use_backend
-from pyllm.benchmarks import attention, norm, softmax
+from pyllm.benchmarks import attention, cross_entropy, norm, softmax
 from pyllm.benchmarks.measure import Benchmark, Case, staged
 
 KERNEL_BACKENDS = ("native", "triton")
-BENCHMARKS: tuple[Benchmark, ...] = (*norm.BENCHMARKS, *softmax.BENCHMARKS, *attention.BENCHMARKS)
+BENCHMARKS: tuple[Benchmark, ...] = (
+    *norm.BENCHMARKS,
+    *softmax.BENCHMARKS,
+    *cross_entropy.BENCHMARKS,
+    *attention.BENCHMARKS,
+)
 # By the number of sizes: odd widths, which misalign rows, and rows that several blocks share; tiles with a remainder.
 EDGES = {
     2: ((5, 63), (33, 1000), (2, 20001)),

@@ -173,6 +173,12 @@ def softmaxes(run: Run) -> Report:
     return _measured(run, planned, ROW_PEERS)
 
 
+def losses(run: Run) -> Report:
+    planned = _cases("cross_entropy", [(4096, 32000), (4096, 128256)], directions=("forward", "both"))
+    planned += _cases("linear_cross_entropy", [(4096, 768, 32000), (8192, 4096, 128256)], directions=("both",))
+    return _measured(run, planned, ("compile", "triton", "chunked"))
+
+
 def attention(run: Run) -> Report:
     planned = []
     for length in (2048, 8192, 16384):
@@ -247,7 +253,7 @@ def _measured(run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_en
 
 PARTS: dict[str, Callable[[Run], Report]] = {
     part.__name__: part
-    for part in (build, tests, sanitizer, races, ceilings, norms, softmaxes, attention, overhead, defaults)
+    for part in (build, tests, sanitizer, races, ceilings, norms, softmaxes, losses, attention, overhead, defaults)
 }
 
 

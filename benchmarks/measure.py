@@ -16,8 +16,8 @@ from pyllm.benchmarks import timing
 # forward runs without gradient; recorded is a forward that a backward can follow.
 PASSES = ("forward", "backward", "both")
 OVERHEAD_PASSES = ("forward", "recorded", "both")
-PEERS = ("compile", *BACKENDS, "liger", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex")
-DEFAULT_PEERS = ("compile", "sdpa-flash", "sdpa-cudnn")
+PEERS = ("compile", *BACKENDS, "liger", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex", "chunked")
+DEFAULT_PEERS = ("compile", "sdpa-flash", "sdpa-cudnn", "chunked")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -177,8 +177,9 @@ def measure(
         with recording() as choices:
             outputs = workload.calls["pyllm"]()
         ran = "+".join(dict.fromkeys(choice.backend for choice in choices))
-        size = max(output.nbytes for output in _outputs(outputs))
-        del outputs
+        made = _outputs(outputs) if case.direction == "forward" else (*_outputs(outputs), *workload.leaves)
+        size = max(tensor.nbytes for tensor in made)  # of a result, or of a gradient
+        del outputs, made
         large = case.device == "cpu" and size > timing.FRESH_PAGES_FROM
         calls = {name: staged(call, workload.leaves, case.direction) for name, call in workload.calls.items()}
         refused = {}
@@ -209,7 +210,8 @@ def staged(call: Callable, leaves: list[Tensor], direction: str) -> Callable[[],
     """The part of a call that a pass times; backward alone reuses one graph."""
     if direction in ("forward", "recorded"):
         return call
-    cotangents = [torch.randn_like(output) for output in _outputs(call())]
+    # A loss is where a backward starts.
+    cotangents = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in _outputs(call())]
 
     def gradients(outputs, retain_graph):
         return torch.autograd.grad(outputs, leaves, cotangents, retain_graph=retain_graph)
