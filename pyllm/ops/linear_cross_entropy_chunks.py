@@ -21,8 +21,8 @@ def plan(hidden: Tensor, weight: Tensor, wanted: list[bool], late: bool, budget:
     late: the gradients cannot be made in the forward. Raises ValueError for a budget that is too small.
     """
     n, classes = hidden.shape[0], weight.shape[0]
-    fixed_tokens, token = _fixed(weight, hidden, wanted[1]), classes * hidden.itemsize
-    fixed_columns, column = _fixed(hidden, weight, wanted[0]), n * hidden.itemsize
+    fixed_tokens, token = _fixed(weight, wanted[1]), classes * hidden.itemsize
+    fixed_columns, column = _fixed(hidden, wanted[0]), n * hidden.itemsize
     tokens_fit = any(wanted) and not late
     memory = max(DEFAULT_MEMORY, n * token // 8, fixed_columns + column) if budget is None else budget
     if tokens_fit and memory >= fixed_tokens + min(n, FEWEST_TOKENS) * token:
@@ -37,7 +37,7 @@ def plan(hidden: Tensor, weight: Tensor, wanted: list[bool], late: bool, budget:
     raise ValueError(f"linear_cross_entropy: memory_budget must be at least {least} bytes here, got {budget}")
 
 
-def _fixed(accumulated: Tensor, other: Tensor, wanted: bool) -> int:
+def _fixed(accumulated: Tensor, wanted: bool) -> int:
     """Bytes, besides the logits, of accumulating a gradient (rows, D) that is not of the statistics' type."""
     if not wanted or accumulated.dtype == statistics_type(accumulated):
         return 0
@@ -47,11 +47,11 @@ def _fixed(accumulated: Tensor, other: Tensor, wanted: bool) -> int:
 
 
 def _chunks(total: int, room: int, size: int) -> list[tuple[int, int]]:
-    """(start, stop) of equal chunks of a total, each element of which takes `size` of the room."""
-    step = max(1, min(total, room // max(size, 1)))
-    step = -(-total // -(-total // step)) if total else 1
-    if step > 64:
-        step = -(-step // 64) * 64 if -(-step // 64) * 64 * size <= room else step // 64 * 64
+    """(start, stop) of about equal chunks of a total, each element of which takes `size` of the room."""
+    most = max(1, min(total, room // max(size, 1)))
+    step = -(-total // -(-total // most)) if total else 1
+    if step > 64:  # a multiple of it keeps rows aligned
+        step = min(-(-step // 64), max(most // 64, 1)) * 64
     return [(start, min(start + step, total)) for start in range(0, total, step)]
 
 
@@ -93,7 +93,7 @@ def by_tokens(
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else hidden.new_empty(0)
     dweight = _Accumulator(weight) if wanted[1] else None
     dbias = hidden.new_zeros(classes if wanted[2] else 0, dtype=statistics)
-    parts = _chunks(n, memory - _fixed(weight, hidden, wanted[1]), classes * hidden.itemsize)
+    parts = _chunks(n, memory - _fixed(weight, wanted[1]), classes * hidden.itemsize)
     buffer = hidden.new_empty((parts[0][1] if parts else 0, classes))
     for start, stop in parts:
         rows = hidden[start:stop]
@@ -152,7 +152,7 @@ def gradients_by_vocabulary(
     dhidden = _Accumulator(hidden) if wanted[0] else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else hidden.new_empty(0)
     dbias = bias.new_empty(bias.shape) if wanted[2] else hidden.new_empty(0)
-    for part, logits in _pieces(hidden, weight, bias, memory - _fixed(hidden, weight, wanted[0])):
+    for part, logits in _pieces(hidden, weight, bias, memory - _fixed(hidden, wanted[0])):
         kernels.cross_entropy_shard_bwd(logits, coefficients, target, first + part.start)
         if wanted[0]:
             dhidden.add(logits, weight[part])
