@@ -50,7 +50,7 @@ def _chunks(total: int, room: int, size: int) -> list[tuple[int, int]]:
     """(start, stop) of about equal chunks of a total, each element of which takes `size` of the room."""
     most = max(1, min(total, room // max(size, 1)))
     step = -(-total // -(-total // most)) if total else 1
-    if step > 64:  # a multiple of it keeps rows aligned
+    if 64 < step < total:  # a multiple of it keeps rows aligned
         step = min(-(-step // 64), max(most // 64, 1)) * 64
     return [(start, min(start + step, total)) for start in range(0, total, step)]
 
