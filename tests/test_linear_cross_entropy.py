@@ -48,10 +48,12 @@ def budgets(given, backend, reduction):
         least = int(str(problem.value).split("at least ")[1].split()[0])
         hidden, weight = given["hidden"], given["weight"]
         logits = hidden.numel() // hidden.shape[-1] * weight.shape[0] * hidden.itemsize
+        if backend == "triton" and hidden.dtype in (torch.float64, torch.float16):
+            return  # the interpreter is slow, and its kernels are those of the other dtypes
         yield least + logits // 3
         # The accumulator of a 16-bit weight and what waits to be added to it, and room for most of the logits.
         yield weight.numel() * 8 + logits * 3 // 4
-        if logits < 2**12:  # or it makes many chunks
+        if logits < 2**12 and backend == "native":  # or many chunks take their time
             yield least
 
 
@@ -127,10 +129,13 @@ def test_a_target_out_of_bounds_is_nan_where_nobody_looks(target, reduction, mon
         assert torch.equal(dhidden.isnan().all(-1), wrong) and not dhidden[3].any()
 
 
-@pytest.mark.parametrize("target", KERNEL_TARGETS)
+@pytest.mark.parametrize("target", [t for t in KERNEL_TARGETS if t.values[0] != ("triton", "cpu")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_memory_stays_in_the_budget(target, dtype):
-    """Beyond the gradients, a call holds the budget at most, and some numbers for each token."""
+    """Beyond the gradients, a call holds the budget at most, and some numbers for each token.
+
+    Triton's interpreter copies what its kernels get, which would be seen.
+    """
     backend, device = target
     given = inputs((600,), 32, 1500, dtype, device, bias=False)
     leaves = [given["hidden"], given["weight"]]
