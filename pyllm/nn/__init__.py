@@ -6,6 +6,7 @@ from pyllm.nn.cache import KVCache
 from pyllm.nn.decoder import DecoderLayer, TransformerDecoder, TransformerDecoderLayer
 from pyllm.nn.encoder import EncoderLayer, TransformerEncoder, TransformerEncoderLayer
 from pyllm.nn.norm import LayerNorm, RMSNorm, Softmax
+from pyllm.nn.packing import Packing, pad, unpad
 from pyllm.nn.positions import LearnedPositions, RelativePositionBias, Rotary, SinusoidalPositions, alibi_slopes
 from pyllm.nn.transformer import Transformer
 
@@ -16,6 +17,7 @@ __all__ = [
     "LayerNorm",
     "LearnedPositions",
     "MultiheadAttention",
+    "Packing",
     "RMSNorm",
     "RelativePositionBias",
     "Rotary",
@@ -28,4 +30,6 @@ __all__ = [
     "TransformerEncoderLayer",
     "alibi_slopes",
     "functional",
+    "pad",
+    "unpad",
 ]
