@@ -1,6 +1,7 @@
 """EncoderLayer, the configurable block; TransformerEncoderLayer and TransformerEncoder, torch.nn's by these names."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -265,6 +266,15 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         else:
             src = pad(self._through_layers(take(src, packing), None, packing, is_causal), packing)
         return src if self.norm is None else self.norm(src)
+
+    @contextmanager
+    def padded(self):
+        """Batches stay padded inside."""
+        before, self.enable_nested_tensor = self.enable_nested_tensor, False
+        try:
+            yield
+        finally:
+            self.enable_nested_tensor = before
 
     def _packing(self, src: Tensor, mask, key_padding_mask: Tensor | None, is_causal: bool) -> Packing | None:
         """Where the tokens of the batch are, if they are to go through the layers alone."""
