@@ -15,17 +15,17 @@ STABLE_TORCH_LIBRARY(pyllm, m) {
   m.def("rms_norm_fwd(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor rstd) -> (Tensor, Tensor)");
   m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p,"
-      " float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? x_bias, Tensor? rng,"
+      " float dropout_p, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "add_layer_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-      " Tensor? rng, float dropout_p, ScalarType x_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+      "add_layer_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor? bias, Tensor? x_bias, Tensor mean,"
+      " Tensor rstd, Tensor? rng, float dropout_p, ScalarType x_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? rng, float dropout_p, float eps)"
-      " -> (Tensor, Tensor, Tensor)");
+      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? x_bias, Tensor? rng, float dropout_p,"
+      " float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "add_rms_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor rstd, Tensor? rng, float dropout_p,"
-      " ScalarType x_dtype) -> (Tensor, Tensor, Tensor)");
+      "add_rms_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor? x_bias, Tensor rstd, Tensor? rng,"
+      " float dropout_p, ScalarType x_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("softmax_fwd(Tensor x, Tensor? attn_mask, float scale, bool is_causal) -> Tensor");
   m.def("softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
   m.def("log_softmax_fwd(Tensor x, Tensor? attn_mask, float scale, bool is_causal) -> Tensor");

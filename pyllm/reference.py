@@ -90,20 +90,27 @@ def add_layer_norm(
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    x_bias: Tensor | None,
     rng: Tensor | None,
     dropout_p: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """z = residual + dropout(x); returns (layer_norm(z), z)."""
-    z = residual + dropout(x, rng, dropout_p)
+    """z = residual + dropout(x + x_bias), in residual's dtype; returns (layer_norm(z), z)."""
+    z = dropout_add(x, residual, x_bias, rng, dropout_p)
     return layer_norm(z, weight, bias, eps), z
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, rng: Tensor | None, dropout_p: float, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    x_bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """z = residual + dropout(x); returns (rms_norm(z), z)."""
-    z = residual + dropout(x, rng, dropout_p)
+    """z = residual + dropout(x + x_bias), in residual's dtype; returns (rms_norm(z), z)."""
+    z = dropout_add(x, residual, x_bias, rng, dropout_p)
     return rms_norm(z, weight, eps), z
 
 

@@ -22,10 +22,13 @@ def plain(name):
 
 
 def added(name, p):
-    """The operator as a function of (x, residual, weight, bias)."""
-    if name == "add_layer_norm":
-        return lambda x, residual, weight, bias: ops.add_layer_norm(x, residual, weight, bias, EPS, dropout_p=p)
-    return lambda x, residual, weight, bias: ops.add_rms_norm(x, residual, weight, EPS, dropout_p=p)
+    """The operator as a function of (x, residual, weight, bias, x_bias)."""
+
+    def run(x, residual, weight, bias, x_bias=None):
+        parameters = (weight, bias) if name == "add_layer_norm" else (weight,)
+        return getattr(ops, name)(x, residual, *parameters, EPS, dropout_p=p, x_bias=x_bias)
+
+    return run
 
 
 def parameters(width, dtype, device, name, affine=True):
@@ -107,6 +110,8 @@ def test_add_norm(target, name, dtypes, p):
         x, residual = (randn(*shape, dtype=d, device=device) for d in dtypes)
         inputs = {"x": x, "residual": residual, **parameters(shape[-1], dtypes[1], device, name)}
         check(added(name, p), inputs, backend)
+        x_bias = randn(shape[-1], dtype=dtypes[0], device=device)
+        check(added(name, p), {**inputs, "x_bias": x_bias}, backend)
 
 
 @pytest.mark.parametrize("used", [0, 1])

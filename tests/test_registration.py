@@ -37,10 +37,10 @@ def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
     yield "layer_norm_bwd", (x, residual, None, None, mean, rstd)
     yield "rms_norm_fwd", (x, weight, 1e-5)
     yield "rms_norm_bwd", (x, residual, weight, rstd)
-    yield "add_layer_norm_fwd", (x, residual, weight, bias, rng, 0.3, 1e-5)
-    yield "add_layer_norm_bwd", (x, residual, x, weight, bias, mean, rstd, rng, 0.3, dtype)
-    yield "add_rms_norm_fwd", (x, residual, weight, None, 0.0, 1e-5)
-    yield "add_rms_norm_bwd", (x, None, x, weight, rstd, None, 0.0, dtype)
+    yield "add_layer_norm_fwd", (x, residual, weight, bias, t(40), rng, 0.3, 1e-5)
+    yield "add_layer_norm_bwd", (x, residual, x, weight, bias, t(40), mean, rstd, rng, 0.3, dtype)
+    yield "add_rms_norm_fwd", (x, residual, weight, None, None, 0.0, 1e-5)
+    yield "add_rms_norm_bwd", (x, None, x, weight, None, rstd, None, 0.0, dtype)
     for name in ("softmax", "log_softmax"):
         yield f"{name}_fwd", (x, torch.rand(1, 5, 40, device=device) > 0.5, 0.7, False)
         yield f"{name}_fwd", (x, None, 1.0, True)
@@ -99,9 +99,9 @@ def test_schemas_agree():
         assert strip[0] == strip[1]
 
 
-def every_public_call(x, weight, q, k):
+def every_public_call(x, weight, x_bias, q, k):
     y = ops.layer_norm(x, weight, weight) + ops.rms_norm(x, weight)
-    y, z = ops.add_layer_norm(y, x, weight, weight, dropout_p=0.1)
+    y, z = ops.add_layer_norm(y, x, weight, weight, dropout_p=0.1, x_bias=x_bias)
     y, z = ops.add_rms_norm(y, z, weight)
     y = ops.softmax(y, scale=0.5) + ops.log_softmax(z, is_causal=True)
     out, lse = ops.attention(q, k, k, is_causal=True, dropout_p=0.1, return_lse=True)
@@ -109,7 +109,7 @@ def every_public_call(x, weight, q, k):
 
 
 def inputs(rows: int, device: str):
-    shapes = ((rows, 3, 24), (24,), (2, 4, rows, 16), (2, 2, rows + 2, 16))
+    shapes = ((rows, 3, 24), (24,), (24,), (2, 4, rows, 16), (2, 2, rows + 2, 16))
     return tuple(randn(*s, device=device) for s in shapes)
 
 
