@@ -12,7 +12,7 @@ from pyllm.backend import select
 from pyllm.nn.memory import Kept, Source, by_hand, flat, in_one_precision
 from pyllm.nn.plain import is_plain
 from pyllm.ops._registration import draw_rng
-from pyllm.ops.activation import ACTIVATION, ACTIVATION_GRADIENT
+from pyllm.ops.activation import ACTIVATION
 from pyllm.reference import GATED
 
 KINDS = ("relu", "gelu", "gelu_tanh", "silu", *GATED)
@@ -72,8 +72,9 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx, x, weight1, bias1, weight2, rng, dropout_p, kind, save, *source):
         options = (rng, dropout_p, kind)
         hidden = x.reshape(-1, x.shape[-1]) @ weight1.mT
-        ctx.value = select(ACTIVATION, hidden, None, bias1, *options)
-        ctx.gradient = select(ACTIVATION_GRADIENT, hidden, hidden, None, bias1, *options)
+        with torch.enable_grad():  # the choice of a call that has a backward
+            ctx.value = select(ACTIVATION, hidden, None, bias1, *options, part="value")
+            ctx.gradient = select(ACTIVATION, hidden, None, bias1, *options, part="gradient", record=False)
         active = ctx.value(hidden, None, bias1, *options)
         ctx.input = Kept(x, source)
         ctx.options = (dropout_p, kind)

@@ -21,7 +21,7 @@ from pyllm.nn.memory import Source, by_hand, check_plan
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.packing import Packing
 from pyllm.nn.plain import is_plain
-from pyllm.ops.norm import LAYER_NORM, RMS_NORM
+from pyllm.ops.norm import LAYER_NORM, RMS_NORM, default_eps
 
 
 class Sublayer(NamedTuple):
@@ -109,14 +109,11 @@ def norm_source(z: Tensor, norm: Module, save: str) -> Source | None:
         return None
     if z.dtype != torch.float32 and torch.is_autocast_enabled(z.device.type):
         return None  # which may have normed in float32
-    weight, eps = norm.weight, norm.eps
-    if isinstance(norm, torch.nn.LayerNorm):
-        run = select(LAYER_NORM, z, weight, norm.bias, eps)
-        return Source(lambda z, weight, bias: run(z, weight, bias, eps), (z, weight, norm.bias))
-    if eps is None:
-        eps = ops.norm.default_eps(z.dtype)
-    run = select(RMS_NORM, z, weight, eps)
-    return Source(lambda z, weight: run(z, weight, eps), (z, weight))
+    rms = isinstance(norm, RMSNorm)
+    parameters = (norm.weight, None if rms else norm.bias)
+    eps = default_eps(z.dtype) if norm.eps is None else norm.eps
+    value = select(RMS_NORM if rms else LAYER_NORM, z, *parameters, eps, part="value", record=False)
+    return Source(lambda z, *parameters: value(z, *parameters, eps)[0], (z, *parameters))
 
 
 def _is_row_norm(norm: Module) -> bool:

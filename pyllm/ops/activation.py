@@ -75,24 +75,6 @@ def reglu(gate: Tensor, up: Tensor | None = None, bias: Tensor | None = None, *,
     return _gated("reglu", "reglu", gate, up, bias, dropout_p)
 
 
-def activation_value(
-    x: Tensor, up: Tensor | None, bias: Tensor | None, rng: Tensor | None, dropout_p: float, kind: str
-) -> Tensor:
-    """An activation of checked arguments with its dropout's rng given, outside autograd."""
-    with torch.no_grad():
-        return select(ACTIVATION, x, up, bias, rng, dropout_p, kind)(x, up, bias, rng, dropout_p, kind)
-
-
-def activation_gradient(
-    dy: Tensor, x: Tensor, up: Tensor | None, bias: Tensor | None, rng: Tensor | None, dropout_p: float, kind: str
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dup, dbias) of `activation_value` for the gradient dy, outside autograd; None for what was not given."""
-    args = (dy, x, up, bias, rng, dropout_p, kind)
-    with torch.no_grad():
-        dx, dup, dbias = select(ACTIVATION_GRADIENT, *args)(*args)
-    return dx, if_given(up, dup), if_given(bias, dbias)
-
-
 def _variant(op: str, kind: str, approximate: str) -> str:
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
@@ -146,6 +128,10 @@ def activation_bwd(
 
 
 def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
+    def gradient(dy, x, up, bias, rng, dropout_p, kind):
+        dx, dup, dbias = bwd(dy, x, up, bias, rng, dropout_p, kind)
+        return dx, if_given(up, dup), if_given(bias, dbias)
+
     class Activation(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, up, bias, rng, dropout_p, kind):
@@ -156,16 +142,14 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
         @staticmethod
         @once_differentiable
         def backward(ctx, dy):
-            _, up, bias, _ = saved = ctx.saved_tensors
-            dx, dup, dbias = bwd(dy, *saved, *ctx.options)
-            return dx, if_given(up, dup), if_given(bias, dbias), None, None, None
+            return *gradient(dy, *ctx.saved_tensors, *ctx.options), None, None, None
 
     def run(x, up, bias, rng, dropout_p, kind):
         if needs_grad(x, up, bias):
             return apply(Activation, x, up, bias, rng, dropout_p, kind)
         return fwd(x, up, bias, rng, dropout_p, kind)
 
-    return Implementation(run)
+    return Implementation(run, value=fwd, gradient=gradient)
 
 
 def _plain_call(x, up, bias, rng, dropout_p, kind) -> bool:
@@ -199,19 +183,13 @@ def _composed_gradient(dy, x, up, bias, rng, dropout_p, kind):
     return dx.to(x.dtype), dup, dbias
 
 
+_COMPOSED = {"value": reference.activation, "gradient": _composed_gradient}
+
 ACTIVATION = Operator(
     "activation",
     on_kernels(_on, activation_fwd, activation_bwd)
     | {
-        "torch": Implementation(reference.activation, no_dropout(-2), _plain_call),
-        "reference": Implementation(reference.activation, fused=False),
-    },
-)
-ACTIVATION_GRADIENT = Operator(
-    "activation_gradient",
-    on_kernels(lambda bwd, _: Implementation(bwd), activation_bwd, activation_bwd)
-    | {
-        "torch": Implementation(_composed_gradient, no_dropout(-2), _plain_call),
-        "reference": Implementation(_composed_gradient, fused=False),
+        "torch": Implementation(reference.activation, no_dropout(-2), _plain_call, **_COMPOSED),
+        "reference": Implementation(reference.activation, fused=False, **_COMPOSED),
     },
 )

@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
     x, weight = full_precision(x, weight)
     _check_row("rms_norm", x, weight)
     if eps is None:
-        eps = _default_eps(x.dtype)
+        eps = default_eps(x.dtype)
     return select(RMS_NORM, x, weight, None, eps)(x, weight, None, eps)
 
 
@@ -75,77 +75,13 @@ def add_rms_norm(
     """z = residual + dropout(x + x_bias); returns (rms_norm(z), z). Arguments as in `add_layer_norm` and `rms_norm`."""
     _check_add("add_rms_norm", x, residual, weight, None, dropout_p, x_bias)
     if eps is None:
-        eps = _default_eps(residual.dtype)
+        eps = default_eps(residual.dtype)
     args = (x, residual, weight, None, x_bias, draw_rng(x, dropout_p), dropout_p, eps)
     return select(ADD_RMS_NORM, *args)(*args)
 
 
-# --- forward and backward by themselves, of checked arguments, for an autograd function of more than a norm ---
-
-
-def norm_value(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(y, mean, rstd), the statistics (M,) for M rows; rms: of rms_norm, which has no bias and no mean."""
-    args = (x, weight, bias, eps)
-    with torch.no_grad():
-        return select(RMS_NORM if rms else LAYER_NORM, *args, part="value")(*args)
-
-
-def norm_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    rms: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias), None for a parameter that is None."""
-    with torch.no_grad():
-        gradient = select(RMS_NORM if rms else LAYER_NORM, x, weight, bias, 0.0, part="gradient")
-        return gradient(dy, x, weight, bias, mean, rstd)
-
-
-def add_norm_value(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(y, z, mean, rstd) of add_layer_norm or add_rms_norm; rng is None without dropout."""
-    args = (x, residual, weight, bias, x_bias, rng, dropout_p, eps)
-    with torch.no_grad():
-        return select(ADD_RMS_NORM if rms else ADD_LAYER_NORM, *args, part="value")(*args)
-
-
-def add_norm_gradient(
-    dy: Tensor,
-    dz: Tensor | None,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    rng: Tensor | None,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dresidual, dweight, dbias, dx_bias), None for a parameter that is None; dx may be dresidual itself."""
-    op = ADD_RMS_NORM if rms else ADD_LAYER_NORM
-    with torch.no_grad():
-        gradient = select(op, z, z, weight, bias, x_bias, rng, dropout_p, 0.0, part="gradient")
-        return gradient(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype)
-
-
-def _default_eps(dtype: torch.dtype) -> float:
+def default_eps(dtype: torch.dtype) -> float:
+    """What eps=None stands for in rms_norm, as in torch."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
