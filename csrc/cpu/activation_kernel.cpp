@@ -48,7 +48,7 @@ void forward(const ActivationForward& args, int64_t begin, int64_t end) {
     const T* up = args.up.as<const T>() + row * args.up_stride;
     T* y = args.y.as<T>() + row * n;
     const bool stream_y = args.past_caches && streamable(y, n);
-    for_dropped_vectors<C>(args.dropout, row, n, [&](int64_t i, int count, Vec<C> keep) {
+    for_dropped_vectors<C>(args.dropout, row, n, [&](int64_t i, int count, Vec<C> keep) __attribute__((always_inline)) {
       Vec<C> h = load(gate + i, count);
       if (bias != nullptr) h += load(bias + i, count);
       Vec<C> v = value_of<act, C>(h, switch_of<act, C>(h).s);
@@ -83,7 +83,7 @@ void backward(const ActivationBackward& args, int64_t chunk) {
       past_caches ? stream(to, v) : store(to, v, count);
       if (bias != nullptr) sums.add(column, v, count);
     };
-    for_dropped_vectors<C>(args.dropout, row, n, [&](int64_t i, int count, Vec<C> keep) {
+    for_dropped_vectors<C>(args.dropout, row, n, [&](int64_t i, int count, Vec<C> keep) __attribute__((always_inline)) {
       Vec<C> h = load(gate + i, count);
       if (bias != nullptr) h += load(bias + i, count);
       const auto [s, slope] = switch_of<act, C>(h);

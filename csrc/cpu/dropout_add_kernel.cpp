@@ -18,7 +18,7 @@ void forward(const DropoutAddForward& args, int64_t begin, int64_t end) {
     const Z* residual = args.residual.as<const Z>() + row * n;
     Z* y = args.y.as<Z>() + row * n;
     const bool stream_y = args.past_caches && streamable(y, n);
-    for_dropped_vectors<C>(args.dropout, row, n, [&](int64_t i, int count, Vec<C> keep) {
+    for_dropped_vectors<C>(args.dropout, row, n, [&](int64_t i, int count, Vec<C> keep) __attribute__((always_inline)) {
       Vec<C> v = load(x + i, count);
       if (bias != nullptr) v += load(bias + i, count);
       v = v * keep + load(residual + i, count);
@@ -39,7 +39,7 @@ void backward(const DropoutAddBackward& args, int64_t chunk) {
     const Z* dy = args.dy.as<const Z>() + row * n;
     X* dx = args.dx.as<X>() + row * n;
     const bool stream_dx = args.past_caches && streamable(dx, n);
-    for_dropped_vectors<C>(args.dropout, row, n, [&](int64_t i, int count, Vec<C> keep) {
+    for_dropped_vectors<C>(args.dropout, row, n, [&](int64_t i, int count, Vec<C> keep) __attribute__((always_inline)) {
       const Vec<C> v = load(dy + i, count) * keep;
       stream_dx ? stream(dx + i, v) : store(dx + i, v, count);
       if (sums.n > 0) sums.add(i, v, count);

@@ -73,8 +73,14 @@ inline Vec<C> keep_factor(const Dropout& dropout, const uint16_t* random) {
   if constexpr (sizeof(C) == 4) {
     Half16 bits;
     std::memcpy(&bits, random, sizeof(bits));
-    const Words r = __builtin_convertvector(bits, Words);
-    factor = r >= dropout.threshold ? Vec<float>{} + static_cast<float>(dropout.scale) : Vec<float>{};
+    const float scale = static_cast<float>(dropout.scale);
+#if defined(__AVX512F__)  // the threshold is at least 1 here, and up to 65536
+    const auto least = _mm256_set1_epi16(static_cast<int16_t>(dropout.threshold - 1));
+    const auto kept = _mm256_cmpgt_epu16_mask(bit_cast<__m256i>(bits), least);
+    factor = bit_cast<Vec<float>>(_mm512_maskz_mov_ps(kept, _mm512_set1_ps(scale)));
+#else
+    factor = __builtin_convertvector(bits, Words) >= dropout.threshold ? splat(scale) : Vec<float>{};
+#endif
   } else {
     for (int i = 0; i < kLanes<C>; ++i) factor[i] = random[i] >= dropout.threshold ? dropout.scale : 0.0;
   }
