@@ -7,6 +7,8 @@ from conftest import TARGETS
 import pyllm
 from pyllm import ops
 from pyllm.backend import use_backend
+from pyllm.ops._registration import draw_rng
+from pyllm.ops.norm import add_norm_gradient, add_norm_value, norm_gradient, norm_value
 from pyllm.reference import dropout_keep
 from pyllm.testing import DTYPES, check, evaluate, randn
 
@@ -88,7 +90,8 @@ def test_strided_inputs(target, name):
     inputs = {"x": x, **parameters(40, torch.float32, device, name)}
     if name.startswith("add"):
         residual = randn(3, 9, 1, device=device, grad=False).expand(3, 9, 40).requires_grad_()
-        check(added(name, 0.0), {**inputs, "residual": residual}, backend)
+        x_bias = randn(80, device=device, grad=False)[::2].requires_grad_()
+        check(added(name, 0.0), {**inputs, "residual": residual, "x_bias": x_bias}, backend)
     else:
         check(plain(name), inputs, backend)
 
@@ -110,8 +113,9 @@ def test_add_norm(target, name, dtypes, p):
         x, residual = (randn(*shape, dtype=d, device=device) for d in dtypes)
         inputs = {"x": x, "residual": residual, **parameters(shape[-1], dtypes[1], device, name)}
         check(added(name, p), inputs, backend)
-        x_bias = randn(shape[-1], dtype=dtypes[0], device=device)
-        check(added(name, p), {**inputs, "x_bias": x_bias}, backend)
+        for dtype in dict.fromkeys((dtypes[0], torch.float32)):
+            x_bias = randn(shape[-1], dtype=dtype, device=device)
+            check(added(name, p), {**inputs, "x_bias": x_bias}, backend)
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -156,7 +160,7 @@ def test_repeatable(target):
 def test_gradcheck(target, name):
     backend, device = target
     x, residual = (randn(2, 7, dtype=torch.float64, device=device) for _ in range(2))
-    weight, bias = (randn(7, dtype=torch.float64, device=device) for _ in range(2))
+    weight, bias, x_bias = (randn(7, dtype=torch.float64, device=device) for _ in range(3))
     p = 0.3 if backend != "torch" else 0.0
 
     def run(*tensors):
@@ -165,11 +169,72 @@ def test_gradcheck(target, name):
             return added(name, p)(*tensors)
         return plain(name)(*tensors)
 
-    tensors = (x, residual, weight, bias) if name.startswith("add") else (x, weight, bias)
-    if "rms" in name:
-        tensors = (*tensors[:-1], None)
+    bias = None if "rms" in name else bias
+    tensors = (x, residual, weight, bias, x_bias) if name.startswith("add") else (x, weight, bias)
     with use_backend(backend):
         assert torch.autograd.gradcheck(run, tensors)
+
+
+class Whole(torch.autograd.Function):
+    """A norm after another that adds, as an autograd function of more than one operator has them."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, x_bias, dropout_p, rms):
+        rng = draw_rng(x, dropout_p)
+        y, z, *statistics = add_norm_value(x, residual, weight, bias, x_bias, rng, dropout_p, EPS, rms)
+        last, *more = norm_value(y, weight, bias, EPS, rms)
+        ctx.save_for_backward(y, z, weight, bias, x_bias, *statistics, *more, rng)
+        ctx.options = (dropout_p, x.dtype, rms)
+        return last, z
+
+    @staticmethod
+    def backward(ctx, dlast, dz):
+        y, z, weight, bias, x_bias, mean, rstd, last_mean, last_rstd, rng = ctx.saved_tensors
+        dy, *last = norm_gradient(dlast, y, weight, bias, last_mean, last_rstd, ctx.options[-1])
+        dx, dresidual, dweight, dbias, dx_bias = add_norm_gradient(
+            dy, dz, z, weight, bias, x_bias, mean, rstd, rng, *ctx.options
+        )
+        dweight, dbias = (None if a is None else a + b for a, b in zip((dweight, dbias), last, strict=True))
+        return dx, dresidual, dweight, dbias, dx_bias, None, None
+
+
+def whole(name, p, parts: bool):
+    """The same function by its parts outside autograd, or by the public operators."""
+
+    def run(x, residual, weight, bias=None, x_bias=None):
+        if parts:
+            return Whole.apply(x, residual, weight, bias, x_bias, p, "rms" in name)
+        y, z = added(name, p)(x, residual, weight, bias, x_bias)
+        return plain(name.removeprefix("add_"))(y, weight, bias), z
+
+    return run
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
+def test_parts_outside_autograd(target, name, dtypes):
+    backend, device = target
+    p = 0.0 if backend == "torch" else 0.3
+    x, residual = (randn(3, 5, 63, dtype=d, device=device) for d in dtypes)
+    inputs = {"x": x, "residual": residual, **parameters(63, dtypes[1], device, name)}
+    for some in (inputs, {**inputs, "x_bias": randn(63, dtype=dtypes[0], device=device)}):
+        run = iter([whole(name, p, parts=True)])  # by the backend under test; what it should be comes from autograd
+        with use_backend(backend):  # in the backward too
+            check(lambda run=run, **tensors: next(run, whole(name, p, parts=False))(**tensors), some, backend)
+
+
+@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
+def test_parts_compile_whole(target, name):
+    backend, device = target
+    run = whole(name, 0.0 if backend == "torch" else 0.3, parts=True)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 8):
+        x, residual, weight = (randn(*shape, device=device) for shape in ((rows, 24), (rows, 24), (24,)))
+        inputs = {"x": x, "residual": residual, "weight": weight, "x_bias": randn(24, device=device)}
+        with use_backend(backend):  # in the backward too
+            eager, traced = (evaluate(function, inputs, backend) for function in (run, compiled))
+        for a, b in zip(eager[0] + eager[1], traced[0] + traced[1], strict=True):
+            assert torch.equal(a, b)
 
 
 BAD = [
@@ -183,6 +248,8 @@ BAD = [
     ("rms_norm", lambda x: ops.rms_norm(x, torch.ones(8, dtype=torch.long)), TypeError, "weight must be float32"),
     ("add_layer_norm", lambda x: ops.add_layer_norm(x, x[:1]), ValueError, "residual must have shape"),
     ("add_layer_norm", lambda x: ops.add_layer_norm(x, x.double()), TypeError, "residual must be"),
+    ("add_layer_norm", lambda x: ops.add_layer_norm(x, x, x_bias=torch.ones(3)), ValueError, "x_bias must have shape"),
+    ("add_rms_norm", lambda x: ops.add_rms_norm(x, x, x_bias=torch.ones(8).half()), TypeError, "x_bias must be"),
     ("add_layer_norm", lambda x: ops.add_layer_norm(x, x, dropout_p=1.5), ValueError, r"dropout_p must be in \[0, 1\]"),
     ("add_rms_norm", lambda x: ops.add_rms_norm(x, x, dropout_p="0.1"), TypeError, "dropout_p must be a number"),
     ("add_rms_norm", lambda x: ops.add_rms_norm(x, None), TypeError, "residual must be a Tensor"),

@@ -56,7 +56,7 @@ def add_layer_norm(
 
     x and residual: (..., N) of one shape; both of one dtype, or x of 16 bits and residual float32 (then both results
     are float32). weight and bias as in `layer_norm`. dropout_p in [0, 1] is applied whenever it is not 0. x_bias: (N,),
-    x's dtype or float32, such as the bias of the projection that made x: here it costs nothing, nor does its gradient.
+    x's dtype or float32, such as the bias of the projection that made x; its gradient is summed in the same pass.
     """
     _check_add("add_layer_norm", x, residual, weight, bias, dropout_p, x_bias)
     args = (x, residual, weight, bias, x_bias, draw_rng(x, dropout_p), dropout_p, eps)
@@ -80,7 +80,7 @@ def add_rms_norm(
     return select(ADD_RMS_NORM, *args)(*args)
 
 
-# --- forward and backward by themselves, of checked arguments, for an autograd function of more than a norm ---
+# --- forward and backward outside autograd, of checked arguments, on the backend that is the choice at the call ---
 
 
 def norm_value(
