@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads, 1
   Sums<E> sums[V] = {};
   const bool wants_branch{args.gradients.at[kBranchSum]};
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const auto branch_sums = shared_memory<Chunk<float, E>>(Team::kSharedBytes, V * threads);
+  const auto branch_sums = shared_memory<Chunk<float, E>>(Team::kSharedBytes, wants_branch ? V * threads : 0);
   if (wants_branch) {
 #pragma unroll
     for (int v = 0; v < V; ++v) branch_sums[v * threads + thread] = Chunk<float, E>{};

@@ -112,8 +112,8 @@ def norm_source(z: Tensor, norm: Module, save: str) -> Source | None:
     rms = isinstance(norm, RMSNorm)
     parameters = (norm.weight, None if rms else norm.bias)
     eps = default_eps(z.dtype) if norm.eps is None else norm.eps
-    value = select(RMS_NORM if rms else LAYER_NORM, z, *parameters, eps, part="value", record=False)
-    return Source(lambda z, *parameters: value(z, *parameters, eps)[0], (z, *parameters))
+    run = select(RMS_NORM if rms else LAYER_NORM, z, *parameters, eps, record=False)
+    return Source(lambda z, *parameters: run(z, *parameters, eps), (z, *parameters))
 
 
 def _is_row_norm(norm: Module) -> bool:
