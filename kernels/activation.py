@@ -1,7 +1,7 @@
 """Activations, plain or gated, with bias in front and dropout behind. Never run on a GPU.
 
-Every activation is h s(h) with a switch s from 0 to 1: a step (relu), the normal distribution (gelu), a sigmoid (silu,
-and gelu_tanh, since (1 + tanh(v)) / 2 is the sigmoid of 2 v); its derivative is s + h s'(h). Forward: y = dropout(act(x +
+Every activation is h s(h) with a switch s from 0 to 1: a step (relu), the normal distribution (gelu), a sigmoid (silu;
+gelu_tanh, since (1 + tanh(v)) / 2 is the sigmoid of 2 v); its derivative is s + h s'(h). Forward: y = dropout(act(x +
 bias)), or dropout(act(gate) * up). Backward, from the same inputs: one pass, in which a persistent grid also sums the
 gradient of bias over its own rows in registers; a second kernel adds those partial sums in a fixed order.
 

@@ -1,7 +1,8 @@
 """Bias, dropout and residual addition: y = residual + dropout(x + bias), over rows. Never run on a GPU.
 
-Backward: dx = dy through the dropout, and the gradient of bias as in activation.py. Bytes an element of e bytes: forward
-3 e, backward 2 e; dropout's random bits cost no memory. 3 FLOPs: bound by memory. Arithmetic is fp32, or fp64 for fp64.
+Backward: dx = dy through the dropout, and the gradient of bias as in activation.py. Bytes an element of e bytes:
+forward 3 e, backward 2 e; dropout's random bits cost no memory. 3 FLOPs: bound by memory. Arithmetic is fp32, or fp64
+for fp64.
 """
 
 from collections.abc import Iterator

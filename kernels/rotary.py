@@ -1,8 +1,9 @@
 """Rotary position embedding: pairs of columns turned by the angles of their position. Never run on a GPU.
 
-A program takes BLOCK_S positions of one head, in pairs of columns: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin. Neighbouring
-pairs are loaded as they lie and split in registers. Columns beyond the turned ones are copied, unless y is x itself.
-Bytes an element of e bytes: 2 e and the tables', which the heads share through the cache. 3 FLOPs: bound by memory.
+A program takes BLOCK_S positions of one head, in pairs of columns: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin.
+Neighbouring pairs are loaded as they lie and split in registers. Columns beyond the turned ones are copied, unless y is
+x itself. Bytes an element of e bytes: 2 e and the tables', which the heads share through the cache. 3 FLOPs: bound by
+memory.
 """
 
 from collections.abc import Iterator
@@ -47,9 +48,8 @@ def rotary_kernel(
     if INVERSE:
         sin = -sin
     p_x += batch * strides_x[0] + head * strides_x[1] + o_rows * strides_x[2]
-    if p_y is None:
-        p_to = p_x
-    else:
+    p_to = p_x
+    if p_y is not None:
         p_to = p_y + batch * strides_y[0] + head * strides_y[1] + o_rows * strides_y[2]
     if INTERLEAVED:
         o_both = tl.arange(0, 2 * BLOCK_P)[None, :]
