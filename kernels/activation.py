@@ -190,10 +190,12 @@ def add_up(partials: Tensor, dbias: Tensor) -> None:
 
 def strided_rows(t: Tensor) -> tuple[Tensor, int]:
     """The tensor, or a copy of it, and how far apart its rows, taken over all dimensions but the last, lie."""
-    try:
-        return t, t.view(-1, t.shape[-1]).stride(0) if t.stride(-1) == 1 else t.contiguous().shape[-1]
-    except RuntimeError:
-        return t.contiguous(), t.shape[-1]
+    if t.stride(-1) == 1:
+        try:
+            return t, t.view(-1, t.shape[-1]).stride(0)
+        except RuntimeError:  # the rows have no stride in common
+            pass
+    return t.contiguous(), t.shape[-1]
 
 
 def _operands(x: Tensor, up: Tensor | None, bias: Tensor | None, kind: str) -> tuple[int, dict]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TARGETS
 
-from pyllm import ops
+from pyllm import ops, reference
 from pyllm.backend import use_backend
 from pyllm.ops.activation import activation_gradient, activation_value
 from pyllm.reference import GATED, dropout_keep
@@ -117,10 +117,10 @@ def test_far_from_zero(target, kind):
     with use_backend(backend):
         y = operator(kind)(**leaves)
     y.sum().backward()
-    assert y.isnan().tolist() == [[False] * 8 + [True]] and y[0, :3].abs().max() == 0.0
+    assert y.isnan().tolist() == [[False] * 8 + [True]] and y[0, :3].abs().max() < 1e-30
     torch.testing.assert_close(y[0, 4:8], x[4:8])
     if kind not in ("gelu_tanh", "geglu_tanh"):  # whose h^3 overflows, in torch too
-        assert gate.grad[0, :3].abs().max() == 0.0 and gate.grad[0, 5:8].eq(1.0).all()
+        assert gate.grad[0, :3].abs().max() < 1e-30 and gate.grad[0, 5:8].eq(1.0).all()
 
 
 def test_dropout_is_the_reference_mask(target):
@@ -177,11 +177,8 @@ def test_parts_outside_autograd(target, kind, form):
         dy = torch.randn_like(y)
         gradients = activation_gradient(dy, x, up, bias, rng, p, kind)
     assert not y.requires_grad and not any(g is not None and g.requires_grad for g in gradients)
-    with use_backend("reference"):
-        truth = [t if t is None else t.detach().double().requires_grad_() for t in (x, up, bias)]
-        from pyllm import reference
-
-        expected = reference.activation(*truth, rng, p, kind)
+    truth = [t if t is None else t.detach().double().requires_grad_() for t in (x, up, bias)]
+    expected = reference.activation(*truth, rng, p, kind)
     torch.testing.assert_close(y, expected.float())
     wanted = [t for t in truth if t is not None]
     found = [g for g in gradients if g is not None]
