@@ -24,11 +24,11 @@ inline Switch<C> switch_of(Vec<C> h) {
     return {distribution, density};
   } else if constexpr (act == Act::gelu_tanh) {                     // (1 + tanh(v)) / 2 is the sigmoid of 2 v
     constexpr C root = 1.5957691216057308, cube = 0.044715 * root;  // 2 sqrt(2 / pi)
-    const auto [s, rest] = sigmoid<C>(h * (h * h * cube + root));
-    return {s, s * rest * (h * h * (3 * cube) + root)};
+    const auto [s, slope] = sigmoid<C>(h * (h * h * cube + root));
+    return {s, slope * (h * h * (3 * cube) + root)};
   } else {
-    const auto [s, rest] = sigmoid<C>(h);
-    return {s, s * rest};
+    const auto [s, slope] = sigmoid<C>(h);
+    return {s, slope};
   }
 }
 

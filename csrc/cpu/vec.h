@@ -315,17 +315,18 @@ inline Vec<double> tanh(Vec<double> x) {
 
 // --- the logistic and the normal distribution ---
 
-// s = 1 / (1 + exp(-x)) and 1 - s, which keeps its digits where s is near 1.
+// s = 1 / (1 + exp(-x)), 0 below -88, and its derivative s (1 - s), which keeps its digits where s is near 1.
 template <class C>
 struct Sigmoid {
-  Vec<C> value, rest;
+  Vec<C> value, slope;
 };
 
 template <class C>
 inline Sigmoid<C> sigmoid(Vec<C> x) {
-  const Vec<C> power = exp(x < -88 ? splat(C{88}) : -x);
-  const Vec<C> value = 1 / (1 + power);
-  return {value, value * power};
+  const auto none = x < -88;
+  const Vec<C> power = exp(none ? splat(C{88}) : -x);
+  const Vec<C> value = none ? Vec<C>{} : 1 / (1 + power);
+  return {value, value * value * power};
 }
 
 template <class C>
