@@ -92,10 +92,13 @@ def test_what_else_is_refused():
 def attention(dim: int = 64, body: str = "", kernel: str = "17attention_forward"):
     """The row of a kernel of tensor cores, whose loop is from 0x100 to 0x150."""
     symbol = f"_ZN5pyllm4cuda{kernel}I6__halfLi{dim}ELb1EEEvNS0_16AttentionForwardE"
-    loop = body or """
+    loop = (
+        body
+        or """
         /*0100*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR8][R4.64] ;  /* 0x0000000c04007986 */
         /*0110*/                   LDSM.16.M88.4 R8, [R3] ;                      /* 0x0000000c04007986 */
         /*0120*/                   HMMA.16816.F32 R4, R8, R12, R4 ;              /* 0x0000000c04007986 */"""
+    )
     sass = f"""
 \tcode for sm_80
 \t\tFunction : {symbol}

@@ -183,16 +183,16 @@ def markdown(rows: Sequence[Row], compiler: str) -> str:
         "",
         f"Written by `make check-cuda` with {compiler}, without a GPU. What compiles here has not thereby run: see",
         "[verified.md](verified.md). A line is the worst of a kernel's instances for a dtype (of x and of the residual",
-        "stream) and head_dim: most registers a thread, bytes of local memory a thread (spills and stack frames) and of",
-        "shared memory a block, static (1 KiB is the system's own) and as launched (of row kernels not told: less than",
-        "1 KiB for reductions, and up to 4 KiB for sums of columns); fewest 128-bit loads and stores of global memory",
-        "among its instructions, and of HMMA, LDGSTS (asynchronous copies) and LDSM in its loops.",
+        "stream) and head_dim: most registers a thread, bytes of local memory a thread (spills and stack frames) and",
+        "of shared memory a block, static (1 KiB is the system's own) and as launched (not told of row kernels: less",
+        "than 1 KiB for reductions, and up to 4 KiB for sums of columns); fewest 128-bit loads and stores of global",
+        "memory among its instructions, and of HMMA, LDGSTS (asynchronous copies) and LDSM in its loops.",
         "",
         f"{sum(row.instances for row in rows)} kernels. Attention of head_dim above 128 may use local memory, no other",
         "kernel.",
         "",
-        "| kernel | dtypes | head_dim | architecture | instances | registers | local | static | launched | loads | stores"
-        " | HMMA | LDGSTS | LDSM |",
+        "| kernel | dtypes | head_dim | architecture | instances | registers | local | static | launched "
+        "| loads | stores | HMMA | LDGSTS | LDSM |",
         "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in rows:

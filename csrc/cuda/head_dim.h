@@ -31,7 +31,8 @@ void visit_head_dim(int64_t dim, Body&& body) {
   }(std::make_index_sequence<kHeadDims.size()>());
   if (!found)
     throw std::invalid_argument("pyllm: the CUDA kernels were compiled for head_dim " PYLLM_CUDA_HEAD_DIMS
-                                ", not for " + std::to_string(dim) + ": reinstall pyllm without PYLLM_CUDA_HEAD_DIMS");
+                                ", not for " +
+                                std::to_string(dim) + ": reinstall pyllm without PYLLM_CUDA_HEAD_DIMS");
 }
 
 }  // namespace pyllm::cuda
