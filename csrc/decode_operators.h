@@ -15,10 +15,10 @@ struct DecodeCall {
   double scale, softcap;
   int64_t left, right;
   bool interleaved;
-  int64_t batch, heads, queries, dim;   // of query
-  int64_t pages, kv_heads, page_size;   // of the caches
-  int64_t added;                        // keys, to each sequence
-  int64_t capacity;                     // of a sequence, in keys
+  int64_t batch, heads, queries, dim;  // of query
+  int64_t pages, kv_heads, page_size;  // of the caches
+  int64_t added;                       // keys, to each sequence
+  int64_t capacity;                    // of a sequence, in keys
   Tensor out, lse;
 
   // What cos and sin (positions, R / 2) must at least have positions for is the device's to check.
@@ -97,11 +97,13 @@ struct DecodeCall {
 
 template <void decode(const DecodeCall&)>
 struct DecodeOperators {
-  static std::tuple<Tensor, Tensor> attention_decode_fwd(
-      const Tensor& query, Tensor key_cache, Tensor value_cache, const Tensor& cache_seqlens,
-      const OptionalTensor& block_table, const OptionalTensor& key, const OptionalTensor& value,
-      const OptionalTensor& cos, const OptionalTensor& sin, const OptionalTensor& distance_bias,
-      const OptionalTensor& slopes, double scale, double softcap, int64_t left, int64_t right, bool interleaved) {
+  static std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& query, Tensor key_cache, Tensor value_cache,
+                                                         const Tensor& cache_seqlens, const OptionalTensor& block_table,
+                                                         const OptionalTensor& key, const OptionalTensor& value,
+                                                         const OptionalTensor& cos, const OptionalTensor& sin,
+                                                         const OptionalTensor& distance_bias,
+                                                         const OptionalTensor& slopes, double scale, double softcap,
+                                                         int64_t left, int64_t right, bool interleaved) {
     const DecodeCall call(query, key_cache, value_cache, cache_seqlens, block_table, key, value, cos, sin,
                           distance_bias, slopes, scale, softcap, left, right, interleaved);
     decode(call);

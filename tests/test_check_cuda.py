@@ -1,6 +1,8 @@
 """The gate of `make check-cuda`: what it reads from the compiler's output, and what it refuses."""
 
 import importlib.util
+import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +147,7 @@ def test_only_attention_of_large_head_dims_may_spill():
     assert "spills" in check_cuda.verdict(replace(spilling, head_dim=128))
     assert check_cuda.verdict(replace(spilling, head_dim=192)) is None
     decode = replace(spilling, kernel="attention_decode_split", head_dim=256, loads=1, stores=1)
+    assert check_cuda.verdict(replace(decode, kernel="attention_decode_append", stack=0, loads=0)) is None
     assert "spills" in check_cuda.verdict(decode) and check_cuda.verdict(replace(decode, stack=0)) is None
 
 
@@ -154,6 +157,26 @@ def test_a_line_is_the_worst_of_its_instances():
     line, _, wide = check_cuda.worst([row, other, replace(row, head_dim=64), instance])
     assert wide.head_dim == 64
     assert (line.registers, line.stack, line.loads, line.stores, line.instances) == (99, 8, 1, 0, 2)
+
+
+def test_a_call_without_its_instance_is_found(tmp_path, monkeypatch):
+    template = "template <int D> void run(); void go() { run<64>(); } template <> void run<32>() {}"
+    source = f"namespace pyllm::cuda {{ {template} }}"
+    library = tmp_path / "library.so"
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    subprocess.run(command, input=source, text=True, check=True)
+    monkeypatch.setattr(check_cuda, "LIBRARY", library)
+    assert check_cuda.without_instance() == ["void pyllm::cuda::run<64>()"]
+
+
+def test_a_unit_for_each_head_dim():
+    instances = runpy.run_path(str(FILE.parent / "instances.py"))["instances"]
+    units = instances((32, 256))
+    assert next(iter(units)).endswith("_256") and len(units) == len(set(units.values())) > 1
+    source = units["attention_decode_split_float_bf16_f16_32"]
+    assert source.startswith('#include "cuda/attention_decode_split.cuh"\n')
+    assert source.count("\ntemplate void decode_split<") == 3 and "decode_split<bf16, 32>(" in source
+    assert set(units) < set(instances())
 
 
 @pytest.mark.parametrize("stack, missing", [(0, False), (16, False), (0, True)])
@@ -167,6 +190,7 @@ def test_exit_status_and_table(stack, missing, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(check_cuda, "build", lambda nvcc: None)
     monkeypatch.setattr(check_cuda, "cuobjdump", lambda option: sass if option == "-sass" else resources)
     monkeypatch.setattr(check_cuda, "dynamic_shared", dict)
+    monkeypatch.setattr(check_cuda, "without_instance", list)
     table = tmp_path / "table.md"
     assert check_cuda.main(["--out", str(table)]) == int(bool(stack) or missing)
     assert f"| norm_forward_held | bf16 fp32 |  | sm_80 | 1 | 64 | {stack} | 0 |  | 1 | 1 |" in table.read_text()

@@ -1,5 +1,6 @@
 """Decoding's CUDA kernels, executed on the host model: see docs/cuda_host.md."""
 
+import functools
 import itertools
 import random
 from dataclasses import replace
@@ -13,7 +14,7 @@ from test_attention_decode import CASES, Case
 
 import pyllm
 from pyllm.backend import Implementation
-from pyllm.ops.attention_decode import ATTENTION_DECODE
+from pyllm.ops.attention_decode import ATTENTION_DECODE, _unfit_for_native
 from pyllm.testing import check
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the host model cannot be built: {why_not()}")
@@ -132,6 +133,31 @@ def test_planted_faults_are_caught(monkeypatch, fault):
     case = Case("", lengths=(37, 701), capacity=702, dim=64)
     with pytest.raises((HostModelError, AssertionError), match=message):
         check(case.call, case.inputs(torch.bfloat16, "cpu"), "cuda_host")
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({}, None),
+        ({"new": 4, "heads": 8}, None),
+        ({"new": 5, "heads": 8}, "up to 16 queries of a key head, and these are 20"),
+        ({"dim": 20}, "rows of key_cache do not begin"),
+        ({"dim": 20, "dtype": torch.float32}, None),
+        ({"row": 20}, "rows of key_cache do not begin"),
+        ({"offset": 4}, "rows of key_cache do not begin"),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_refuses(changed, message):
+    """Whose caches it cannot read by 16 bytes goes to another backend, which `explain` tells; nothing is copied."""
+    dim, new, heads = changed.get("dim", 16), changed.get("new", 1), changed.get("heads", 4)
+    empty = functools.partial(torch.empty, dtype=changed.get("dtype", torch.bfloat16), device="meta")
+    row, offset = changed.get("row", dim), changed.get("offset", 0)
+    cache = empty(offset + 3 * 2 * 64 * row)[offset:].view(3, 2, 64, row)[..., :dim]
+    lengths = torch.empty(3, dtype=torch.int32, device="meta")
+    rest = (None,) * 7
+    told = _unfit_for_native(empty(3, heads, new, dim), cache, cache, lengths, *rest, 1.0, 0.0, -1, 0, False)
+    assert told is None if message is None else message in told
 
 
 def test_work_split(kernels):

@@ -24,8 +24,9 @@ void check_alignment(const Tensor& cache) {
   const int64_t step = 16 / cache.element_size();
   const bool aligned = reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0 && cache.size(3) % step == 0 &&
                        cache.stride(0) % step == 0 && cache.stride(1) % step == 0 && cache.stride(2) % step == 0;
-  STD_TORCH_CHECK(aligned, "pyllm: decoding's caches must have rows that begin at multiples of 16 bytes: choose the "
-                           "backend 'triton'");
+  STD_TORCH_CHECK(aligned,
+                  "pyllm: decoding's caches must have rows that begin at multiples of 16 bytes: choose the "
+                  "backend 'triton'");
 }
 
 void decode(const DecodeCall& call) {

@@ -1,14 +1,15 @@
 // Attention of a few queries over a cache of keys and values, contiguous or paged. Never run on a GPU.
 //
-// A block takes the queries that share a key head, up to 8 of them, and a share of the keys of one sequence, so that few
-// sequences fill the machine too (flash decoding, Dao et al., 2023). Its warps take turns at tiles of the keys. Lanes lie
-// along head_dim, 16 bytes each, and several groups of them along the keys, so that a warp's loads are 512 bytes in a
-// row; all loads of a tile, of K and of V, are under way before the first is used. Partial products of several keys are
-// summed over the lanes of a group while these halve the keys among them: a lane then has the score of one key, takes
-// its exponential, and hands it round. Warps, and then shares, are merged by their log-sum-exps, in order.
+// A block takes the queries that share a key head, up to 8 of them, and a share of the keys of one sequence, so that
+// few sequences fill the machine too (flash decoding, Dao et al., 2023). Its warps take turns at tiles of the keys.
+// Lanes lie along head_dim, 16 bytes each, and several groups of them along the keys, so that a warp's loads are 512
+// bytes in a row; all loads of a tile, of K and of V, are under way before the first is used. Partial products of
+// several keys are summed over the lanes of a group while these halve the keys among them: a lane then has the score of
+// one key, takes its exponential, and hands it round. Warps, and then shares, are merged by their log-sum-exps, in
+// order.
 //
-// Bytes: the keys and values of each sequence, once for each 8 queries: 2 Hkv D elements a key. FLOPs: 4 H D for each key
-// and query, on the FMA units in fp32; by estimate bound by memory up to about 7 queries a key head.
+// Bytes: the keys and values of each sequence, once for each 8 queries: 2 Hkv D elements a key. FLOPs: 4 H D for each
+// key and query, on the FMA units in fp32; by estimate bound by memory up to about 7 queries a key head.
 #pragma once
 
 #include "cuda/attention_decode.h"
@@ -61,19 +62,20 @@ template <class T, int D, int R>
 inline constexpr DecodeTile kDecodeTile = decode_tile(D, sizeof(T), R);
 
 template <class T, int D, int R>
-__global__ void __launch_bounds__(kDecodeWarps* kWarp) attention_decode_split(const __grid_constant__ AttentionDecode args) {
+__global__ void __launch_bounds__(kDecodeWarps* kWarp)
+    attention_decode_split(const __grid_constant__ AttentionDecode args) {
   constexpr DecodeTile TILE = kDecodeTile<T, D, R>;
   constexpr int E = kElements<T>, L = TILE.lanes, C = TILE.chunks, U = TILE.each, G = TILE.groups;
   static_assert(U <= L && kPageUnit % TILE.keys == 0);
   constexpr int STEP = kDecodeWarps * TILE.keys, THREADS = kDecodeWarps * kWarp;
 
-  const int tile = static_cast<int>(blockIdx.x) % args.plan.tiles, team = static_cast<int>(blockIdx.x) / args.plan.tiles;
+  const int tile = static_cast<int>(blockIdx.x) % args.plan.tiles,
+            team = static_cast<int>(blockIdx.x) / args.plan.tiles;
   const int share = team % args.plan.shares, kv_head = team / args.plan.shares % args.kv_heads;
   const int sequence = team / args.plan.shares / args.kv_heads;
   const int first_row = tile * R, rows = min(R, args.group() * args.queries - first_row);
   const int total = load(args.lengths + sequence) + args.added, shift = total - args.queries;
-  const KeyRange keys =
-      share_of_keys(keys_in_window(total, args.queries, args.left), share, args.plan.shares, STEP);
+  const KeyRange keys = share_of_keys(keys_in_window(total, args.queries, args.left), share, args.plan.shares, STEP);
   const int warp = static_cast<int>(threadIdx.x) / kWarp, group = lane_id() / L, lane = lane_id() % L;
 
   Shared<float> sSums = shared_memory<float>(0, kDecodeWarps * R * D);  // [warp][row][D]; before that, sQuery
@@ -252,9 +254,7 @@ void decode_split(const AttentionDecode& args, Stream stream) {
   const int64_t teams = int64_t{args.batch} * args.kv_heads * args.plan.tiles;
   const auto run = [&]<int R>() {
     launch(attention_decode_split<T, D, R>,
-           {.grid = teams * args.plan.shares,
-            .block = kDecodeWarps * kWarp,
-            .shared_bytes = decode_shared_bytes(D, R)},
+           {.grid = teams * args.plan.shares, .block = kDecodeWarps * kWarp, .shared_bytes = decode_shared_bytes(D, R)},
            stream, args);
   };
   switch (args.plan.rows) {

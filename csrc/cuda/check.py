@@ -54,6 +54,7 @@ class Rule:
 # The first one whose pattern is the whole name holds.
 RULES = (
     Rule("column_sum", ()),  # a warp reads 32 columns of a row of partial sums, whose width may be odd
+    Rule("attention_decode_append", ()),  # a few rows, in pairs of columns that may begin anywhere
     Rule(r"attention_decode\w*"),
     Rule(r"attention_\w+", ("products", "copies", "matrices"), spills_above=128),
     Rule(r"\w+"),
@@ -237,6 +238,13 @@ def dynamic_shared() -> dict[tuple[str, int], int]:
     return {(kernel, dim): size for kernel, dim, size in _C.cuda_shared_memory()}
 
 
+def without_instance() -> list[str]:
+    """Functions of pyllm that the library calls and does not have: linking says nothing of them, loading fails."""
+    command = ["nm", "--dynamic", "--undefined-only", "--demangle", LIBRARY]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r" U (.*pyllm::cuda::.*)", told)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write the Markdown table")
@@ -250,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.out.write_text(markdown(worst(rows), compiler))
     problems = [f"{row.kernel} [{row.dtypes}] {row.architecture}: {why}" for row in rows if (why := verdict(row))]
     problems += [f"{a} was not compiled" for a in ARCHITECTURES if all(row.architecture != a for row in rows)]
+    problems += [f"{function} has no instance" for function in without_instance()]
     print(f"{len(rows)} kernels by {compiler}, {len(problems)} refused")
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -11,11 +11,11 @@
 
 namespace pyllm::cuda {
 
-inline constexpr int kDecodeWarps = 4;     // of a block
-inline constexpr int kLeastShare = 256;    // keys, where the cache is full
+inline constexpr int kDecodeWarps = 4;   // of a block
+inline constexpr int kLeastShare = 256;  // keys, where the cache is full
 inline constexpr int kMostShares = 128;
 inline constexpr int kMostDecodeRows = 8;  // queries of a block
-inline constexpr int kPageUnit = 16;  // keys; the size of a page is a multiple
+inline constexpr int kPageUnit = 16;       // keys; the size of a page is a multiple
 
 // How a warp lies over its keys: groups of `lanes` read a key's row each, 16 bytes a lane at a time.
 struct DecodeTile {
@@ -43,8 +43,8 @@ struct DecodePlan {
   int rows, tiles, shares;
 };
 
-// teams: blocks without shares. slots: blocks that run at once. The fewest shares that fill the machine, round by round,
-// nearly as well as any number.
+// teams: blocks without shares. slots: blocks that run at once. The fewest shares that fill the machine, round by
+// round, nearly as well as any number.
 inline int plan_shares(int64_t teams, int64_t slots, int64_t capacity) {
   const auto filled = [&](int64_t shares) {
     return static_cast<double>(teams * shares) / static_cast<double>(ceil_div(teams * shares, slots) * slots);

@@ -8,8 +8,9 @@ using namespace pyllm;
 
 extern "C" {
 
-// numbers: table_row, page_size, batch, heads, kv_heads, queries, dim, added, pairs, interleaved, left, right, distances,
-// slopes_sequence, rows, tiles, shares; then the strides of query, key_cache, value_cache, key, value and out.
+// numbers: table_row, page_size, batch, heads, kv_heads, queries, dim, added, pairs, interleaved, left, right,
+// distances, slopes_sequence, rows, tiles, shares; then the strides of query, key_cache, value_cache, key, value and
+// out.
 const char* attention_decode(void* query, int64_t dtype, void* key_cache, void* value_cache, void* key, void* value,
                              const int32_t* lengths, const int32_t* block_table, const float* cos, const float* sin,
                              const float* bias, const float* slopes, const int64_t* numbers, double scale,
