@@ -153,9 +153,10 @@ def _unfit_for_native(*args) -> str | None:
     queries = call.query.shape[1] // call.key_cache.shape[1] * call.query.shape[2]
     if queries > QUERIES_IN_CUDA:
         return f"its CUDA C++ kernel is for up to {QUERIES_IN_CUDA} queries of a key head, and these are {queries}"
-    step = 16 // call.query.element_size()
+    step, traced = 16 // call.query.element_size(), torch.compiler.is_compiling()
     for name, cache in (("key_cache", call.key_cache), ("value_cache", call.value_cache)):
-        places = (cache.shape[3], *cache.stride()[:3], cache.storage_offset())
+        # Dynamo does not know where a view begins; the kernel's binding looks again.
+        places = (cache.shape[3], *cache.stride()[:3], 0 if traced else cache.storage_offset())
         if cache.stride(3) != 1 or any(place % step for place in places):
             return f"its CUDA C++ kernel reads 16 bytes at once, and rows of {name} do not begin at multiples of that"
     return None
