@@ -160,6 +160,17 @@ def test_what_the_kernel_refuses(changed, message):
     assert told is None if message is None else message in told
 
 
+def test_the_conditions_are_traced():
+    """As part of a compiled model, whole."""
+
+    def served(query, cache, lengths):
+        return query + (_unfit_for_native(query, cache, cache, lengths, *(None,) * 7, 1.0, 0.0, -1, 0, False) is None)
+
+    query, cache, lengths = torch.empty(2, 4, 1, 16), torch.empty(2, 2, 64, 16), torch.empty(2, dtype=torch.int32)
+    compiled = torch.compile(served, fullgraph=True, backend="eager", dynamic=True)
+    assert compiled(*(t.to("meta") for t in (query, cache, lengths))).shape == query.shape
+
+
 def test_work_split(kernels):
     """Every key that a query may see is in one share, whole tiles in one page, and no share is idle without need."""
     chance = random.Random(0)
