@@ -158,6 +158,42 @@ def log_softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bo
     return torch.where(kept, torch.where(kept, scores, 0.0) - torch.where(lse != -math.inf, lse, 0.0), -math.inf)
 
 
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+) -> Tensor:
+    """-log softmax(logits) (..., V) at target (...), as in PyTorch, + z_loss * log-sum-exp^2; 0 where it is ignored.
+
+    Label smoothing e mixes (1 - e) of the target's class with e / V of every one; weight (V) multiplies each class's
+    part. The mean divides by the sum of the targets' weights, or by the number of those that are not ignored.
+    """
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0)
+    losses = -torch.log_softmax(logits, -1)
+    if weight is not None:
+        losses = losses * weight
+    loss = (1 - label_smoothing) * losses.gather(-1, index[..., None]).squeeze(-1) if index.numel() else losses.sum(-1)
+    if label_smoothing:
+        loss = loss + label_smoothing / logits.shape[-1] * losses.sum(-1)
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square()
+    loss = torch.where(kept, loss, 0.0)
+    if reduction == "mean":
+        return loss.sum() / (kept if weight is None else torch.where(kept, weight[index], 0.0)).sum()
+    return loss.sum() if reduction == "sum" else loss
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options) -> Tensor:
+    """Cross-entropy of the logits hidden (..., D) weight (V, D)^T + bias (V) at target (...); options as there."""
+    logits = hidden @ weight.mT
+    return cross_entropy(logits if bias is None else logits + bias, target, None, *options)
+
+
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:

@@ -90,6 +90,19 @@ def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
         ),
     ):
         yield "attention_decode_fwd", (t(2, 4, 1, 16), *caches, *rest, 0.25, 5.0, -1, 0, True)
+    index = torch.randint(40, (3, 5), device=device)
+    scale = torch.rand((), dtype=statistics, device=device)
+    yield "cross_entropy_fwd", (x, index, weight.to(statistics), scale, -100, 0.1, 1e-3, True)
+    yield "cross_entropy_fwd", (x.mT, index[:, :1].expand(3, 40), None, None, -100, 0.0, 0.0, False)
+    yield "cross_entropy_inplace_fwd", (x.clone(), index, None, scale, -100, 0.0, 0.0)
+    yield "cross_entropy_bwd", (x.clone(), scale)
+    rows, by_token = x.flatten(0, 1), torch.rand(4, 15, dtype=statistics, device=device)
+    yield "cross_entropy_shard_fwd", (by_token.clone(), rows, index.flatten(), 40)
+    yield "cross_entropy_shard_bwd", (rows.clone(), by_token, index.flatten(), 0)
+    linear = (rows, t(60, 40), index.flatten(), t(60))
+    yield "linear_cross_entropy_fwd", (*linear, scale, -100, 0.1, 1e-3, [True, False, True], 2**16)
+    yield "linear_cross_entropy_shard_fwd", (*linear, 0, 2**16)
+    yield "linear_cross_entropy_shard_bwd", (by_token, *linear, 0, [True, True, False], 2**16)
 
 
 @pytest.mark.parametrize("target", KERNEL_TARGETS)
