@@ -23,7 +23,7 @@
 // AVX2 there: 74 forward and 77 backward at (2, 12, 1024, 64); portable: 25 and 28.
 #include "cpu/attention.h"
 
-#include "cpu/attention_tile.h"
+#include "cpu/attention_products.h"
 
 namespace pyllm::PYLLM_ISA {
 
@@ -47,6 +47,36 @@ inline int64_t statistics_index(const Attention& call, const Block& block) {
   return (block.sequence->batch * call.heads + block.head) * call.sq + block.query_row();
 }
 
+// `count` lanes in a dtype of `visit_mask_type`.
+template <class C, class M>
+void store_lanes(M* to, Vec<C> v, int count) {
+  if constexpr (std::is_same_v<Compute<M>, C> && !std::is_same_v<M, uint8_t>) {
+    store(to, v, count);
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = static_cast<M>(v[i]);
+  }
+}
+
+// Stores a tile (columns, kQueryBlock) as the matrix (rows, columns) of the dtype that it transposes to.
+template <class C>
+void store_transposed(const C* tile, int rows, int columns, DType dtype, void* data, int64_t offset, int64_t stride) {
+  constexpr int lanes = kLanes<C>;
+  visit_mask_type<C>(dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(data) + offset;
+    for (int column = 0; column < columns; column += lanes) {
+      const int count = columns - column < lanes ? columns - column : lanes;
+      for (int row = 0; row < rows; row += lanes) {
+        Vec<C> square[lanes];
+        for (int i = 0; i < lanes; ++i)
+          square[i] = i < count ? load(tile + (column + i) * kQueryBlock + row) : Vec<C>{};
+        transpose<C>(square);
+        for (int r = 0; r < lanes && row + r < rows; ++r)
+          store_lanes<C>(to + (row + r) * stride + column, square[r], count);
+      }
+    }
+  });
+}
+
 // --- forward ---
 
 // What the lanes of a block carry from one tile of keys to the next.
@@ -58,9 +88,10 @@ struct Softmax {
   }
 };
 
-// Scores become exp(score - peak); the sums and the factor that earlier results need are brought up to date.
-template <class C>
-void exponentiate(const Block& block, int keys, C* scores, Softmax<C>& softmax) {
+// Scores become keep(exp(score - peak)); the sums, of all exponentials, and the factor that earlier results need are
+// brought up to date.
+template <class C, class Keep>
+void exponentiate(const Block& block, int keys, C* scores, Softmax<C>& softmax, Keep&& keep) {
   for_lanes<C>(block, [&](int i) {
     const Vec<C> before = load(softmax.peak + i);
     Vec<C> peaks[2] = {before, before};
@@ -70,7 +101,7 @@ void exponentiate(const Block& block, int keys, C* scores, Softmax<C>& softmax) 
     const Vec<C> total = sum_of_runs<C>(keys, [&](int j) {
       C* score = scores + j * kQueryBlock + i;
       const Vec<C> e = exp(load(score) - shift);
-      store(score, e);
+      store(score, keep(e, j, i));
       return e;
     });
     const Vec<C> rescale = exp(before - shift);
@@ -84,89 +115,56 @@ template <class T>
 void forward(const AttentionForward& args, int64_t task) {
   using C = Compute<T>;
   const Attention& call = args.call;
-  const int64_t width = padded<C>(call.dim);
   const QueryBlock& queries = args.blocks[task % args.block_count];
   const Block block = make_block(call, *queries.sequence, task / args.block_count, queries.index);
-  const int64_t batch = block.sequence->batch;
-  C* query_t = scratch<C, 0>(width * kQueryBlock);
   C* scores = scratch<C, 1>(kKeyBlock * kQueryBlock);
-  C* out = scratch<C, 2>(kQueryBlock * width);
-  const T* query = call.query.at<const T>(batch, block.head, block.query_row());
-  transpose_rows<C>(block.count, call.dim, query_t, [&](int row, int64_t column, int count) {
-    return load(query + row * call.query.row + column, count);
-  });
+  C* out = scratch<C, 2>(padded<C>(call.dim) * kQueryBlock);
+  Products<T> products(call);
+  products.load_queries(block);
   Softmax<C> softmax;
   bool begun = false;
   for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
     const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
-    if (!make_scores<C>(call, block, key, keys, query_t, scores, nullptr)) continue;
-    exponentiate(block, keys, scores, softmax);
-    if (call.dropout) {
-      const C* keep = keep_factors<C>(call, block, key, keys);
-      for (int j = 0; j < keys; ++j) {
-        for_lanes<C>(block, [&, at = j * kQueryBlock](int i) {
-          store(scores + at + i, load(scores + at + i) * load(keep + at + i));
-        });
-      }
+    if (!make_scores(products, call, block, key, keys, scores, static_cast<C*>(nullptr))) continue;
+    with_dropout<C>(call, block, key, keys, [&](auto&& keep) { exponentiate(block, keys, scores, softmax, keep); });
+    if (begun) {
+      for_lanes<C>(block, [&](int i) {
+        const Vec<C> rescale = load(softmax.rescale + i);
+        for (int64_t d = 0; d < call.dim; ++d)
+          store(out + d * kQueryBlock + i, load(out + d * kQueryBlock + i) * rescale);
+      });
     }
-    multiply_add<true>(block.count, width, keys, scores, kQueryBlock,
-                       call.value.at<const C>(batch, block.key_head, block.key_row(key)), call.value.row, out, width,
-                       Update<C>{.set = !begun, .beta = softmax.rescale});
+    products.sum_over_keys(call.value, key, keys, scores, !begun, out);
     begun = true;
   }
   C* lse = static_cast<C*>(args.lse) + statistics_index(call, block);
-  for (int row = 0; row < block.count; ++row) {
-    const C total = softmax.total[row];
-    const bool empty = total == 0;
-    lse[row] = empty ? -kInfinity<C> : softmax.peak[row] + std::log(total);
-    T* to = args.out.at<T>(batch, block.head, block.query_row() + row);
-    for_vectors<C>(call.dim, [&](int64_t i, int count) {
-      store(to + i, empty ? Vec<C>{} : load(out + row * width + i) / total, count);
-    });
-  }
+  for (int row = 0; row < block.count; ++row)
+    lse[row] = softmax.total[row] == 0 ? -kInfinity<C> : softmax.peak[row] + std::log(softmax.total[row]);
+  const C scale = static_cast<C>(call.dropout.scale);
+  for_lanes<C>(block, [&](int i) {
+    const Vec<C> total = load(softmax.total + i), factor = scale / total;
+    for (int64_t d = 0; d < call.dim; ++d) {
+      C* sum = out + d * kQueryBlock + i;
+      store(sum, total > 0 ? load(sum) * factor : Vec<C>{});
+    }
+  });
+  T* to = args.out.at<T>(block.sequence->batch, block.head, block.query_row());
+  store_transposed(out, block.count, call.dim, args.out.data.dtype, to, 0, args.out.row);
 }
 
 // --- backward ---
 
-// A block of queries and of dO: rows padded to `width`, their transposes, and what the lanes need.
+// What the lanes of a block need.
 template <class C>
 struct Rows {
-  C *query, *query_t, *dout, *dout_t;
   alignas(64) C delta[kQueryBlock], dlse[kQueryBlock];
   alignas(64) C lse[kQueryBlock];  // an empty query's lse is infinity, so that exp(s - lse) is 0
 };
 
-// Rows of a block, padded with zeros to `width`, at `to` and transposed at `to_t`.
-template <class T, class C>
-void load_rows(const Heads& from, const Block& block, int64_t dim, int64_t width, C* to, C* to_t) {
-  for (int row = 0; row < block.count; ++row)
-    convert_row(from.at<const T>(block.sequence->batch, block.head, block.query_row() + row), dim, to + row * width,
-                width);
-  transpose_rows<C>(block.count, width, to_t,
-                    [&](int row, int64_t column, int) { return load(to + row * width + column); });
-}
-
-template <class T, class C = Compute<T>>
-void load_block(const AttentionBackward& args, const Block& block, int64_t width, Rows<C>& rows) {
-  const Attention& call = args.call;
-  const int64_t size = width * kQueryBlock;
-  C* memory = scratch<C, 0>(6 * size);
-  C *out = memory + 4 * size, *out_t = memory + 5 * size;
-  rows.query = memory;
-  rows.query_t = memory + size;
-  rows.dout = memory + 2 * size;
-  rows.dout_t = memory + 3 * size;
-  load_rows<T>(call.query, block, call.dim, width, rows.query, rows.query_t);
-  load_rows<T>(args.dout, block, call.dim, width, rows.dout, rows.dout_t);
-  load_rows<T>(args.out, block, call.dim, width, out, out_t);
-  // Summed in the order of the products dO V, so that errors cancel where a query sees one key.
-  for_lanes<C>(block, [&](int i) {
-    Vec<C> delta{};
-    for (int64_t d = 0; d < width; ++d)
-      delta += load(rows.dout_t + d * kQueryBlock + i) * load(out_t + d * kQueryBlock + i);
-    store(rows.delta + i, delta);
-  });
-  const int64_t index = statistics_index(call, block);
+template <class Products, class C>
+void load_block(const AttentionBackward& args, const Block& block, Products& products, Rows<C>& rows) {
+  products.load_rows(args, block, rows.delta);
+  const int64_t index = statistics_index(args.call, block);
   for (int row = 0; row < kQueryBlock; ++row) {
     const C lse = row < block.count ? static_cast<const C*>(args.lse)[index + row] : -kInfinity<C>;
     const bool empty = lse == -kInfinity<C>;
@@ -176,38 +174,34 @@ void load_block(const AttentionBackward& args, const Block& block, int64_t width
   }
 }
 
-// The tile's P (dropout applied) and dS, transposed, and what `make_scores` makes and returns.
-template <class C>
-bool score_gradients(const Attention& call, const Block& block, const Rows<C>& rows, int64_t key, int keys, C* p, C* ds,
-                     C* derivatives) {
-  if (!make_scores(call, block, key, keys, rows.query_t, p, derivatives)) return false;
-  multiply_add<false>(keys, vectors<C>(block) * kLanes<C>, call.dim,
-                      call.value.at<const C>(block.sequence->batch, block.key_head, block.key_row(key)), call.value.row,
-                      rows.dout_t, kQueryBlock, ds, kQueryBlock, Update<C>{.set = true});
-  const C* keep = call.dropout ? keep_factors<C>(call, block, key, keys) : nullptr;
+// The tile's P (with dropout, but not its scale) and dS, transposed, and what `make_scores` makes and returns.
+template <class Products, class C>
+bool score_gradients(const Products& products, const Attention& call, const Block& block, const Rows<C>& rows,
+                     int64_t key, int keys, C* p, C* ds, C* derivatives) {
+  if (!make_scores(products, call, block, key, keys, p, derivatives)) return false;
+  products.multiply_keys(call.value, key, keys, products.dout, static_cast<C>(call.dropout.scale), ds);
   // The rounding of lse and of out moves a whole row; where all of the row is here, its own sums are used instead.
   const bool whole = key == block.begin && key + keys == block.end;
   Softmax<C> softmax;
-  if (whole) exponentiate(block, keys, p, softmax);
-  for_lanes<C>(block, [&](int lane) {
-    const auto at = [=](auto* tile, int j) { return tile + j * kQueryBlock + lane; };
-    const Vec<C> lse = load(rows.lse + lane), dlse = load(rows.dlse + lane);
-    if (!whole) {
-      for (int j = 0; j < keys; ++j) store(at(p, j), exp(load(at(p, j)) - lse));
-    }
-    if (keep != nullptr) {
-      for (int j = 0; j < keys; ++j) store(at(ds, j), load(at(ds, j)) * load(at(keep, j)));
-    }
-    Vec<C> delta = load(rows.delta + lane), total = load(softmax.total + lane);
-    if (whole) {
-      total = total > 0 ? total : splat(C{1});
-      delta = sum_of_runs<C>(keys, [&](int j) { return load(at(p, j)) * load(at(ds, j)); }) / total;
-    }
-    for (int j = 0; j < keys; ++j) {
-      const Vec<C> weight = whole ? load(at(p, j)) / total : load(at(p, j));
-      store(at(p, j), keep != nullptr ? weight * load(at(keep, j)) : weight);
-      store(at(ds, j), weight * ((load(at(ds, j)) - delta) + dlse));
-    }
+  if (whole) exponentiate(block, keys, p, softmax, [](Vec<C> e, int, int) { return e; });
+  with_dropout<C>(call, block, key, keys, [&](auto&& keep) {
+    for_lanes<C>(block, [&](int i) {
+      const auto at = [=](C* tile, int j) { return tile + j * kQueryBlock + i; };
+      const Vec<C> dlse = load(rows.dlse + i);
+      const auto finish = [&](int j, Vec<C> weight, Vec<C> delta) {
+        store(at(p, j), keep(weight, j, i));
+        store(at(ds, j), weight * ((keep(load(at(ds, j)), j, i) - delta) + dlse));
+      };
+      if (whole) {
+        const Vec<C> sum = load(softmax.total + i), total = sum > 0 ? sum : splat(C{1});
+        const Vec<C> delta =
+            sum_of_runs<C>(keys, [&](int j) { return load(at(p, j)) * keep(load(at(ds, j)), j, i); }) / total;
+        for (int j = 0; j < keys; ++j) finish(j, load(at(p, j)) / total, delta);
+      } else {
+        const Vec<C> lse = load(rows.lse + i), delta = load(rows.delta + i);
+        for (int j = 0; j < keys; ++j) finish(j, exp(load(at(p, j)) - lse), delta);
+      }
+    });
   });
   return true;
 }
@@ -248,36 +242,6 @@ void sum_parts(const C* from, int64_t parts, int64_t stride, int64_t n, C scale,
   });
 }
 
-// `count` lanes of a mask's gradient, in a dtype of `visit_mask_type`.
-template <class C, class M>
-void store_lanes(M* to, Vec<C> v, int count) {
-  if constexpr (std::is_same_v<Compute<M>, C> && !std::is_same_v<M, uint8_t>) {
-    store(to, v, count);
-  } else {
-    for (int i = 0; i < count; ++i) to[i] = static_cast<M>(v[i]);
-  }
-}
-
-// Stores a tile (columns, kQueryBlock) as the matrix (rows, columns) of the dtype that it transposes to.
-template <class C>
-void store_transposed(const C* tile, int rows, int columns, DType dtype, void* data, int64_t offset, int64_t stride) {
-  constexpr int lanes = kLanes<C>;
-  visit_mask_type<C>(dtype, [&](auto type) {
-    auto* to = static_cast<decltype(type)*>(data) + offset;
-    for (int column = 0; column < columns; column += lanes) {
-      const int count = columns - column < lanes ? columns - column : lanes;
-      for (int row = 0; row < rows; row += lanes) {
-        Vec<C> square[lanes];
-        for (int i = 0; i < lanes; ++i)
-          square[i] = i < count ? load(tile + (column + i) * kQueryBlock + row) : Vec<C>{};
-        transpose<C>(square);
-        for (int r = 0; r < lanes && row + r < rows; ++r)
-          store_lanes<C>(to + (row + r) * stride + column, square[r], count);
-      }
-    }
-  });
-}
-
 template <class T>
 void backward(const AttentionBackward& args, int64_t task) {
   using C = Compute<T>;
@@ -307,17 +271,17 @@ void backward(const AttentionBackward& args, int64_t task) {
   }
   C* p = scratch<C, 1>(kKeyBlock * kQueryBlock);
   C* ds = scratch<C, 2>(kKeyBlock * kQueryBlock);
-  C* dquery = scratch<C, 3>(kQueryBlock * width);
+  C* dquery = scratch<C, 3>(width * kQueryBlock);
   C* derivatives = call.softcap != 0 ? scratch<C, 4>(kKeyBlock * kQueryBlock) : nullptr;
   Rows<C> rows;
-  constexpr Update<C> add{};
+  Products<T> products(call);
   for (int64_t item = part; item < group * blocks; item += args.parts) {
     const Block block = make_block(call, sequence, key_head * group + item / blocks, item % blocks);
-    load_block<T>(args, block, width, rows);
-    std::memset(dquery, 0, kQueryBlock * width * sizeof(C));
+    load_block(args, block, products, rows);
+    std::memset(dquery, 0, width * kQueryBlock * sizeof(C));
     for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
       const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
-      if (!score_gradients(call, block, rows, key, keys, p, ds, derivatives)) continue;
+      if (!score_gradients(products, call, block, rows, key, keys, p, ds, derivatives)) continue;
       if (args.bias_partials != nullptr) sum_by_distance(call, block, key, keys, ds, bias_sums(block.head));
       if (const ScoreMask& to = args.dmask; to.data) {
         const int64_t offset = sequence.index * to.sequence + block.head * to.head + block.first * to.row + key;
@@ -330,18 +294,14 @@ void backward(const AttentionBackward& args, int64_t task) {
           });
         }
       }
-      multiply_add<false>(keys, width, block.count, p, kQueryBlock, rows.dout, width, dvalue + key * width, width, add);
-      multiply_add<false>(keys, width, block.count, ds, kQueryBlock, rows.query, width, dkey + key * width, width, add);
-      multiply_add<true>(block.count, width, keys, ds, kQueryBlock,
-                         call.key.at<const C>(sequence.batch, key_head, block.key_row(key)), call.key.row, dquery,
-                         width, add);
+      products.sum_over_queries(keys, p, products.dout, dvalue + key * width);
+      products.sum_over_queries(keys, ds, products.query, dkey + key * width);
+      products.sum_over_keys(call.key, key, keys, ds, false, dquery);
     }
-    const C scale = static_cast<C>(call.scale);
-    for (int row = 0; row < block.count; ++row) {
-      T* to = args.dquery.at<T>(sequence.batch, block.head, block.query_row() + row);
-      for_vectors<C>(call.dim,
-                     [&](int64_t i, int count) { store(to + i, load(dquery + row * width + i) * scale, count); });
-    }
+    for (int64_t i = 0; i < width * kQueryBlock; i += kLanes<C>)
+      store(dquery + i, load(dquery + i) * static_cast<C>(call.scale));
+    T* to = args.dquery.at<T>(sequence.batch, block.head, block.query_row());
+    store_transposed(dquery, block.count, call.dim, args.dquery.data.dtype, to, 0, args.dquery.row);
   }
   if (args.partials != nullptr) return;
   for (int64_t key = 0; key < sequence.sk; ++key) {
@@ -350,7 +310,7 @@ void backward(const AttentionBackward& args, int64_t task) {
                 to.at<T>(sequence.batch, key_head, sequence.key + key));
     };
     write(args.dkey, dkey, call.scale);
-    write(args.dvalue, dvalue, 1.0);
+    write(args.dvalue, dvalue, call.dropout.scale);
   }
 }
 
@@ -362,7 +322,8 @@ void key_gradient(const KeyGradient& args, int64_t begin, int64_t end) {
     const int64_t head = index / args.keys, key = index % args.keys, batch = key / args.sk, row = key % args.sk;
     const C* part = static_cast<const C*>(args.partials) + head * args.parts * 2 * size + key * width;
     sum_parts(part, args.parts, 2 * size, args.dim, static_cast<C>(args.scale), args.dkey.at<T>(batch, head, row));
-    sum_parts(part + size, args.parts, 2 * size, args.dim, C{1}, args.dvalue.at<T>(batch, head, row));
+    sum_parts(part + size, args.parts, 2 * size, args.dim, static_cast<C>(args.value_scale),
+              args.dvalue.at<T>(batch, head, row));
   }
 }
 
@@ -380,7 +341,6 @@ template <class T>
 void mask_gradient(const MaskGradient& args, int64_t task) {
   using C = Compute<T>;
   const Attention& call = args.backward.call;
-  const int64_t width = padded<C>(call.dim);
   const int64_t column_block = task % args.column_blocks(), row_block = task / args.column_blocks() % args.row_blocks();
   const int64_t head = task / args.column_blocks() / args.row_blocks();
   const int64_t mask_sequence = head / args.heads, mask_head = head % args.heads;
@@ -390,6 +350,7 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
   C* sums = scratch<C, 3>(kKeyBlock * kQueryBlock);
   std::memset(sums, 0, kKeyBlock * kQueryBlock * sizeof(C));
   Rows<C> rows;
+  Products<T> products(call);
   const auto each = [](int64_t own, int64_t size, int64_t full, auto&& body) {
     for (int64_t i = size == 1 ? 0 : own; i < full && (size == 1 || i == own); ++i) body(i);
   };
@@ -403,11 +364,11 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
         const Block block = make_block(call, sequence, h, index);
         const int64_t begin = block.begin > column_begin ? block.begin : column_begin;
         const int64_t end = block.end < column_end ? block.end : column_end;
-        if (begin < end) load_block<T>(args.backward, block, width, rows);
+        if (begin < end) load_block(args.backward, block, products, rows);
         for (int64_t key = begin; key < end; key += kKeyBlock) {
           // Where the columns are not broadcast, a key's row of `sums` is its place in the tile.
           const int keys = end - key < kKeyBlock ? static_cast<int>(end - key) : kKeyBlock;
-          if (!score_gradients<C>(call, block, rows, key, keys, p, ds, nullptr)) continue;
+          if (!score_gradients(products, call, block, rows, key, keys, p, ds, static_cast<C*>(nullptr))) continue;
           C* to = sums + (args.columns == 1 ? 0 : key - column_begin) * kQueryBlock;
           for (int j = 0; j < keys; ++j) {
             for_lanes<C>(
@@ -435,23 +396,47 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
 template <class T>
 void pack(const PackRows& args, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const int64_t width = padded<C>(args.dim);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t row = index % args.rows, head = index / args.rows;
-    convert_row(args.from.at<const T>(head / args.heads, head % args.heads, row), args.dim,
-                static_cast<C*>(args.to) + index * width, width);
+    const T* from = args.from.at<const T>(head / args.heads, head % args.heads, row);
+    C* to = static_cast<C*>(args.to) + index * args.dim;
+    for_vectors<C>(args.dim, [&](int64_t i, int count) { store(to + i, load(from + i, count), count); });
   }
 }
+
+#if defined(__AVX512BF16__)
+// The panels of a sequence and key head: rows of head_dim, a pair of keys a word.
+void pack_panels(const PackPanels& args, int64_t task) {
+  const int64_t width = padded<float>(args.dim), head = task % args.heads;
+  const Sequence& sequence = args.sequences[task / args.heads];
+  BFloat16* to = args.to + (head * args.panels + sequence.panel) * width * kPanel;
+  uint32_t* pairs = scratch<uint32_t, 0>(kPanel / 2 * width);
+  for (int64_t key = 0; key < sequence.sk; key += kPanel, to += width * kPanel) {
+    const int64_t keys = sequence.sk - key < kPanel ? sequence.sk - key : kPanel;
+    const auto* from = args.from.at<const BFloat16>(sequence.batch, head, sequence.key + key);
+    pair_rows(from, args.from.row, keys, args.dim, width, pairs);
+    for (int64_t d = 0; d < width; d += kLanes<float>) {
+      Vec<float> square[kLanes<float>];
+      for (int i = 0; i < kLanes<float>; ++i) square[i] = bit_cast<Vec<float>>(load(pairs + i * width + d));
+      transpose<float>(square);
+      for (int i = 0; i < kLanes<float>; ++i)
+        store(reinterpret_cast<uint32_t*>(to + (d + i) * kPanel), bit_cast<Vec<uint32_t>>(square[i]));
+    }
+  }
+}
+#endif
 
 }  // namespace
 
 void attention_fwd(const AttentionForward& args, int64_t begin, int64_t end) {
+  const MultiplierScope scope;
   visit_dtype(args.call.query.data.dtype, [&](auto type) {
     for (int64_t task = begin; task < end; ++task) forward<decltype(type)>(args, task);
   });
 }
 
 void attention_bwd(const AttentionBackward& args, int64_t begin, int64_t end) {
+  const MultiplierScope scope;
   visit_dtype(args.call.query.data.dtype, [&](auto type) {
     for (int64_t task = begin; task < end; ++task) backward<decltype(type)>(args, task);
   });
@@ -467,6 +452,7 @@ void attention_bias_gradient(const BiasGradient& args, int64_t begin, int64_t en
 }
 
 void attention_mask_gradient(const MaskGradient& args, int64_t begin, int64_t end) {
+  const MultiplierScope scope;
   visit_dtype(args.backward.call.query.data.dtype, [&](auto type) {
     for (int64_t task = begin; task < end; ++task) mask_gradient<decltype(type)>(args, task);
   });
@@ -475,5 +461,11 @@ void attention_mask_gradient(const MaskGradient& args, int64_t begin, int64_t en
 void attention_pack(const PackRows& args, int64_t begin, int64_t end) {
   visit_dtype(args.from.data.dtype, [&](auto type) { pack<decltype(type)>(args, begin, end); });
 }
+
+#if defined(__AVX512BF16__)
+void attention_pack_panels(const PackPanels& args, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) pack_panels(args, task);
+}
+#endif
 
 }  // namespace pyllm::PYLLM_ISA
