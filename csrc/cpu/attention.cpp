@@ -140,8 +140,10 @@ struct Call {
     }
     if (padding.has_value()) args.padding = static_cast<const bool*>(padding->data_ptr());
     args.biases = distance_biases(query, distance_bias, slopes, furthest);
-    if (multiplies_pairs(args.query.data.dtype)) pack_panels(args.*summed);
+    if (in_pairs()) pack_panels(args.*summed);
   }
+
+  bool in_pairs() const { return multiplies_pairs(args.query.data.dtype); }
 
   // summed: what sums over keys multiply
   void pack_panels(Keys& summed) {
@@ -153,8 +155,9 @@ struct Call {
                           .heads = args.kv_heads,
                           .panels = args.panels,
                           .dim = args.dim};
-    parallel_for(0, args.count * args.kv_heads, 1,
-                 [&, kernel = pick_attention_pack_panels()](int64_t begin, int64_t end) { kernel(pack, begin, end); });
+    parallel_for(
+        0, args.count * args.kv_heads, 1,
+        [&, kernel = pick_attention_pack_panels_pairs()](int64_t begin, int64_t end) { kernel(pack, begin, end); });
     summed.panels = to;
   }
 
@@ -186,7 +189,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
                                  .lse = lse.data_ptr(),
                                  .blocks = blocks.data(),
                                  .block_count = static_cast<int64_t>(blocks.size())};
-  run_tasks(pick_attention_fwd(), forward, args.heads * forward.block_count, call.work());
+  run_tasks(call.in_pairs() ? pick_attention_fwd_pairs() : pick_attention_fwd(), forward,
+            args.heads * forward.block_count, call.work());
   return {out, lse};
 }
 
@@ -255,7 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     zero(dmask);
     backward.dmask = {array(dmask), dmask.stride(0), dmask.stride(1), dmask.stride(2), 1};
   }
-  run_tasks(pick_attention_bwd(), backward, args.count * args.kv_heads * parts, call.work());
+  run_tasks(call.in_pairs() ? pick_attention_bwd_pairs() : pick_attention_bwd(), backward,
+            args.count * args.kv_heads * parts, call.work());
 
   if (!single) {
     const KeyGradient sums{.partials = partials.data_ptr(),
@@ -288,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
                                 .heads = mask->size(1),
                                 .rows = mask->size(2),
                                 .columns = mask->size(3)};
-    run_tasks(pick_attention_mask_gradient(), gradient,
+    run_tasks(call.in_pairs() ? pick_attention_mask_gradient_pairs() : pick_attention_mask_gradient(), gradient,
               mask->size(0) * mask->size(1) * gradient.row_blocks() * gradient.column_blocks(), call.work());
   }
   return {dquery, dkey, dvalue, dmask, dbias};

@@ -50,49 +50,40 @@ inline Isa chosen_isa() {
 // The kernel for the instruction set in use, of those for `first` and the ones that follow it.
 template <class Kernel>
 Kernel pick(Isa first, std::initializer_list<Kernel> kernels) {
-  const int last = static_cast<int>(kernels.size()) - 1,
-            index = static_cast<int>(chosen_isa()) - static_cast<int>(first);
+  const int last = static_cast<int>(kernels.size()) - 1;
+  const int index = static_cast<int>(chosen_isa()) - static_cast<int>(first);
   return kernels.begin()[index < last ? index : last];
 }
 
 }  // namespace pyllm
 
-// Declare `void name(const Args&, int64_t begin, int64_t end)` in the namespace of each instruction set, and
-// `pick_name()`, which gives the one to call.
+// Declare `void name(const Args&, int64_t begin, int64_t end)` in the namespace of each instruction set, and a function
+// that gives the one to call: PYLLM_KERNEL of a *_kernel.cpp, and `pick_name()`; PYLLM_PAIR_KERNEL of a
+// *_pairs_kernel.cpp, and `pick_name_pairs()`, where the instruction set in use has products of pairs.
 #define PYLLM_DECLARE(isa, name, Args)      \
   namespace isa {                           \
   void name(const Args&, int64_t, int64_t); \
   }
-#define PYLLM_PICK(name, first, ...)                            \
-  inline auto pick_##name() {                                   \
-    static const auto picked = pick(Isa::first, {__VA_ARGS__}); \
-    return picked;                                              \
-  }
 #if defined(__x86_64__)
-// Of every kernel file.
-#define PYLLM_KERNEL(name, Args)      \
-  PYLLM_DECLARE(portable, name, Args) \
-  PYLLM_DECLARE(avx2, name, Args)     \
-  PYLLM_DECLARE(avx512, name, Args)   \
-  PYLLM_PICK(name, portable, portable::name, avx2::name, avx512::name)
-// Of those that multiply pairs of bf16 where they can.
-#define PYLLM_PRODUCT_KERNEL(name, Args) \
-  PYLLM_DECLARE(portable, name, Args)    \
-  PYLLM_DECLARE(avx2, name, Args)        \
-  PYLLM_DECLARE(avx512, name, Args)      \
-  PYLLM_DECLARE(avx512bf16, name, Args)  \
-  PYLLM_DECLARE(amx, name, Args)         \
-  PYLLM_PICK(name, portable, portable::name, avx2::name, avx512::name, avx512bf16::name, amx::name)
-// That only serve such products.
-#define PYLLM_PAIR_KERNEL(name, Args)   \
-  PYLLM_DECLARE(avx512bf16, name, Args) \
-  PYLLM_DECLARE(amx, name, Args)        \
-  PYLLM_PICK(name, avx512bf16, avx512bf16::name, amx::name)
+#define PYLLM_KERNEL(name, Args)                                                                \
+  PYLLM_DECLARE(portable, name, Args)                                                           \
+  PYLLM_DECLARE(avx2, name, Args)                                                               \
+  PYLLM_DECLARE(avx512, name, Args)                                                             \
+  inline auto pick_##name() {                                                                   \
+    static const auto kernel = pick(Isa::portable, {portable::name, avx2::name, avx512::name}); \
+    return kernel;                                                                              \
+  }
+#define PYLLM_PAIR_KERNEL(name, Args)                                                \
+  PYLLM_DECLARE(avx512bf16, name, Args)                                              \
+  PYLLM_DECLARE(amx, name, Args)                                                     \
+  inline auto pick_##name##_pairs() {                                                \
+    static const auto kernel = pick(Isa::avx512bf16, {avx512bf16::name, amx::name}); \
+    return kernel;                                                                   \
+  }
 #else
 #define PYLLM_KERNEL(name, Args)      \
   PYLLM_DECLARE(portable, name, Args) \
-  PYLLM_PICK(name, portable, portable::name)
-#define PYLLM_PRODUCT_KERNEL(name, Args) PYLLM_KERNEL(name, Args)
+  inline auto pick_##name() { return portable::name; }
 #define PYLLM_PAIR_KERNEL(name, Args) \
-  inline auto pick_##name() { return static_cast<void (*)(const Args&, int64_t, int64_t)>(nullptr); }
+  inline auto pick_##name##_pairs() { return static_cast<void (*)(const Args&, int64_t, int64_t)>(nullptr); }
 #endif

@@ -1,7 +1,7 @@
 // Products of bf16 matrices by the instructions that multiply pairs of neighbours along the depth and add both products
 // to a lane of fp32: vdpbf16ps (32 multiplications a lane of A's, register-blocked as in gemm.h) or AMX's tdpbf16ps
-// (tiles of 16 x 16 x 32). Both take A in rows and B as words, a word being a pair. Include it only from *_kernel.cpp.
-// Both take subnormal numbers for 0, and round no product.
+// (tiles of 16 x 16 x 32). Both take A in rows and B as words, a word being a pair. Include it only from
+// *_pairs_kernel.cpp. Both take subnormal numbers for 0, and round no product.
 #pragma once
 
 #include "cpu/attention.h"
@@ -19,8 +19,6 @@ using MultiplierScope = TileScope;
 #else
 struct [[maybe_unused]] MultiplierScope {};
 #endif
-
-#if defined(__AVX512BF16__)
 
 // B has whole panels of rows, and 0 beyond the depth.
 template <class N>
@@ -174,13 +172,16 @@ template <int rows, int vectors>
 void multiply_pairs_tile(int64_t depth, PairRows a, const uint32_t* b, int64_t b_stride, float* c, int64_t c_stride,
                          const Update<float>& update) {
   Vec<float> total[rows][vectors] = {};
-  const auto step = [&](auto&& word) {
-    __m512bh column[vectors];
-    for (int v = 0; v < vectors; ++v) column[v] = bit_cast<__m512bh>(load(b + v * kLanes<float>));
+  const auto step = [&](auto&& word) __attribute__((always_inline)) {
+    Vec<uint32_t> column[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) column[v] = load(b + v * kLanes<float>);
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const __m512bh factor = bit_cast<__m512bh>(splat<uint32_t>(word(r)));
-      for (int v = 0; v < vectors; ++v)
-        total[r][v] = bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(total[r][v]), factor, column[v]));
+      const Vec<uint32_t> factor = splat<uint32_t>(word(r));
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v)  // casts, not bit_cast, whose copies would keep the sums in memory
+        total[r][v] = (Vec<float>)_mm512_dpbf16_ps((__m512)total[r][v], (__m512bh)factor, (__m512bh)column[v]);
     }
     b += b_stride;
   };
@@ -209,7 +210,6 @@ inline void multiply_pairs(int64_t rows, int64_t columns, int64_t depth, const P
   });
 }
 
-#endif
 #endif
 
 }  // namespace pyllm::PYLLM_ISA

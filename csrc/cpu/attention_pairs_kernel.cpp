@@ -1,97 +1,19 @@
-// The products that attention is made of, for a block of queries and a tile of keys. Tiles are (keys, kQueryBlock). Two
-// classes do the same: one in the compute type, one on pairs of bf16. Include it only from *_kernel.cpp.
-#pragma once
+// Attention's products on pairs of bf16, for the passes of attention_passes.h: with sums in fp32, and tiles rounded to
+// bf16 before they are multiplied. K, V and dO' are read where they are; what sums over keys multiply is packed once
+// into panels, and the operands of a block once for each block.
+#include "cpu/attention.h"
 
-#include "cpu/attention_tile.h"
+#include "cpu/attention_passes.h"
 #include "cpu/pairs.h"
 
 namespace pyllm::PYLLM_ISA {
 
-// In the compute type.
-template <class T>
-class PlainProducts {
- public:
-  using C = Compute<T>;
+namespace {
 
-  // Of the block: (queries, padded head_dim), and the transpose (head_dim, kQueryBlock).
-  struct Operand {
-    C *rows, *columns;
-  };
-  Operand query = {}, dout = {};
-
-  explicit PlainProducts(const Attention& call) : call_(call), width_(padded<C>(call.dim)) {}
-
-  // What the forward needs.
-  void load_queries(const Block& block) {
-    block_ = block;
-    query.columns = scratch<C, 0>(width_ * kQueryBlock);
-    const T* from = rows_of(call_.query);
-    transpose_rows<C>(block.count, call_.dim, query.columns, [&](int row, int64_t column, int count) {
-      return load(from + row * call_.query.row + column, count);
-    });
-  }
-
-  // What the backward needs, and delta, the sum of dO O for each query.
-  void load_rows(const AttentionBackward& args, const Block& block, C* delta) {
-    block_ = block;
-    const int64_t size = width_ * kQueryBlock;
-    C* memory = scratch<C, 0>(6 * size);
-    query = load_operand(call_.query, memory);
-    dout = load_operand(args.dout, memory + 2 * size);
-    const Operand out = load_operand(args.out, memory + 4 * size);
-    // Summed in the order of the products dO V, so that errors cancel where a query sees one key.
-    for_lanes<C>(block, [&](int i) {
-      Vec<C> sum{};
-      for (int64_t at = i; at < size; at += kQueryBlock) sum += load(dout.columns + at) * load(out.columns + at);
-      store(delta + i, sum);
-    });
-  }
-
-  // to = alpha rows by', (keys, kQueryBlock)
-  void multiply_keys(const Keys& keys, int64_t key, int count, const Operand& by, C alpha, C* to) const {
-    multiply_add<false>(count, vectors<C>(block_) * kLanes<C>, call_.dim, at(keys, key), keys.rows.row, by.columns,
-                        kQueryBlock, to, kQueryBlock, Update<C>{.set = true, .alpha = alpha});
-  }
-
-  // to = keys' tile, or that is added to it: (head_dim, kQueryBlock)
-  void sum_over_keys(const Keys& keys, int64_t key, int count, const C* tile, bool set, C* to) const {
-    multiply_add<true>(call_.dim, vectors<C>(block_) * kLanes<C>, count, at(keys, key), keys.rows.row, tile,
-                       kQueryBlock, to, kQueryBlock, Update<C>{.set = set});
-  }
-
-  // to += tile by, (keys, padded head_dim)
-  void sum_over_queries(int count, const C* tile, const Operand& by, C* to) const {
-    multiply_add<false>(count, width_, block_.count, tile, kQueryBlock, by.rows, width_, to, width_, Update<C>{});
-  }
-
- private:
-  const T* rows_of(const Heads& from) const {
-    return from.at<const T>(block_.sequence->batch, block_.head, block_.query_row());
-  }
-
-  const C* at(const Keys& keys, int64_t key) const {
-    return keys.rows.at<const C>(block_.sequence->batch, block_.key_head, block_.key_row(key));
-  }
-
-  Operand load_operand(const Heads& from, C* memory) const {
-    const Operand to{memory, memory + width_ * kQueryBlock};
-    for (int row = 0; row < block_.count; ++row)
-      convert_row(rows_of(from) + row * from.row, call_.dim, to.rows + row * width_, width_);
-    transpose_rows<C>(block_.count, width_, to.columns,
-                      [&](int row, int64_t column, int) { return load(to.rows + row * width_ + column); });
-    return to;
-  }
-
-  const Attention& call_;
-  const int64_t width_;
-  Block block_;
-};
-
-#if defined(__AVX512BF16__)
-
-// On pairs of bf16, with sums in fp32. Tiles are rounded to bf16 before they are multiplied.
+// As PlainProducts.
 class PairProducts {
  public:
+  using Storage = BFloat16;
   using C = float;
 
   // Of the block, as words: pairs of queries (queries / 2, padded head_dim), 0 up to a whole panel of queries; and
@@ -178,14 +100,45 @@ class PairProducts {
   Block block_;
 };
 
-template <class T>
-using Products = std::conditional_t<std::is_same_v<T, BFloat16>, PairProducts, PlainProducts<T>>;
+// The panels of a sequence and key head: rows of head_dim, a pair of keys a word.
+void pack_panels(const PackPanels& args, int64_t task) {
+  const int64_t width = padded<float>(args.dim), head = task % args.heads;
+  const Sequence& sequence = args.sequences[task / args.heads];
+  BFloat16* to = args.to + (head * args.panels + sequence.panel) * width * kPanel;
+  uint32_t* pairs = scratch<uint32_t, 0>(kPanel / 2 * width);
+  for (int64_t key = 0; key < sequence.sk; key += kPanel, to += width * kPanel) {
+    const int64_t keys = sequence.sk - key < kPanel ? sequence.sk - key : kPanel;
+    const auto* from = args.from.at<const BFloat16>(sequence.batch, head, sequence.key + key);
+    pair_rows(from, args.from.row, keys, args.dim, width, pairs);
+    for (int64_t d = 0; d < width; d += kLanes<float>) {
+      Vec<float> square[kLanes<float>];
+      for (int i = 0; i < kLanes<float>; ++i) square[i] = bit_cast<Vec<float>>(load(pairs + i * width + d));
+      transpose<float>(square);
+      for (int i = 0; i < kLanes<float>; ++i)
+        store(reinterpret_cast<uint32_t*>(to + (d + i) * kPanel), bit_cast<Vec<uint32_t>>(square[i]));
+    }
+  }
+}
 
-#else
+}  // namespace
 
-template <class T>
-using Products = PlainProducts<T>;
+void attention_fwd(const AttentionForward& args, int64_t begin, int64_t end) {
+  const MultiplierScope scope;
+  for (int64_t task = begin; task < end; ++task) forward<PairProducts>(args, task);
+}
 
-#endif
+void attention_bwd(const AttentionBackward& args, int64_t begin, int64_t end) {
+  const MultiplierScope scope;
+  for (int64_t task = begin; task < end; ++task) backward<PairProducts>(args, task);
+}
+
+void attention_mask_gradient(const MaskGradient& args, int64_t begin, int64_t end) {
+  const MultiplierScope scope;
+  for (int64_t task = begin; task < end; ++task) mask_gradient<PairProducts>(args, task);
+}
+
+void attention_pack_panels(const PackPanels& args, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) pack_panels(args, task);
+}
 
 }  // namespace pyllm::PYLLM_ISA
