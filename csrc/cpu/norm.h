@@ -1,4 +1,5 @@
-// LayerNorm and RMSNorm on the CPU, plain or with dropout and residual addition in front: what the binding hands over.
+// LayerNorm and RMSNorm on the CPU, plain or with dropout and residual addition
+// in front: what the binding hands over.
 #pragma once
 
 #include "cpu/isa.h"
@@ -7,10 +8,11 @@
 
 namespace pyllm {
 
-// z = residual + dropout(x), or x itself; y = normalised z * weight + bias. Matrices are contiguous (rows, width).
+// z = residual + dropout(x), or x itself; y = normalised z * weight + bias.
+// Matrices are contiguous (rows, width).
 struct NormForward {
   Array x, residual, weight, bias;
-  Array y, z;  // z only with a residual
+  Array y, z; // z only with a residual
   void *mean, *rstd;
   int64_t width;
   double eps;
@@ -18,13 +20,14 @@ struct NormForward {
   Dropout dropout;
 };
 
-// dresidual = gradient of z; dx = that through the dropout. Partial sums of dweight and dbias go to row `chunk` of
-// (chunks, 2, width) in the compute type, a chunk being `rows_per_chunk` rows.
+// dresidual = gradient of z; dx = that through the dropout. Partial sums of
+// dweight and dbias go to row `chunk` of (chunks, 2, width) in the compute
+// type, a chunk being `rows_per_chunk` rows.
 struct NormBackward {
   Array dy, dz, z, weight;
-  Array dx, dresidual;  // dx only where it differs from dresidual
+  Array dx, dresidual; // dx only where it differs from dresidual
   const void *mean, *rstd;
-  void* partials;  // null where neither gradient is wanted
+  void *partials; // null where neither gradient is wanted
   int64_t rows, width, rows_per_chunk;
   bool rms, past_caches;
   Dropout dropout;
@@ -32,14 +35,14 @@ struct NormBackward {
 
 // gradient[j] = sum over the chunks of partials[chunk][which][j]
 struct ColumnSum {
-  const void* partials;
+  const void *partials;
   Array dweight, dbias;
   int64_t chunks, width;
   DType compute;
 };
 
-PYLLM_KERNEL(norm_fwd, NormForward)   // over rows
-PYLLM_KERNEL(norm_bwd, NormBackward)  // over chunks
-PYLLM_KERNEL(column_sum, ColumnSum)   // over columns
+PYLLM_KERNEL(norm_fwd, NormForward)  // over rows
+PYLLM_KERNEL(norm_bwd, NormBackward) // over chunks
+PYLLM_KERNEL(column_sum, ColumnSum)  // over columns
 
-}  // namespace pyllm
+} // namespace pyllm
