@@ -19,7 +19,8 @@ inline constexpr int64_t kRowBytes = 64;
 struct Heads {
   Array data;
   int64_t batch = 0, head = 0, row = 0;
-  template <class T> T *at(int64_t b, int64_t h, int64_t s) const {
+  template <class T>
+  T* at(int64_t b, int64_t h, int64_t s) const {
     return data.as<T>() + b * batch + h * head + s * row;
   }
 };
@@ -35,27 +36,25 @@ struct ScoreMask {
 // rows begin in the tensors.
 struct Sequence {
   int64_t index, batch, query, key, sq, sk;
-  int64_t shift; // what is added to a query's index before it is compared with
-                 // a key's
-  int64_t panel; // the first of its keys' panels
+  int64_t shift;  // what is added to a query's index before it is compared with
+                  // a key's
+  int64_t panel;  // the first of its keys' panels
 };
 
 // A sequence's queries [index * kQueryBlock, (index + 1) * kQueryBlock).
 struct QueryBlock {
-  const Sequence *sequence;
+  const Sequence* sequence;
   int64_t index;
 };
 
-inline int64_t blocks_of(int64_t queries) {
-  return (queries + kQueryBlock - 1) / kQueryBlock;
-}
+inline int64_t blocks_of(int64_t queries) { return (queries + kQueryBlock - 1) / kQueryBlock; }
 
 // What scores gain by the distance j - i; of the statistics type.
 struct DistanceBiases {
-  Array bias = {}; // (H, distances), the middle one at distance 0; beyond
-                   // -reach to reach constant, or never needed
+  Array bias = {};  // (H, distances), the middle one at distance 0; beyond
+                    // -reach to reach constant, or never needed
   int64_t distances = 0, reach = 0;
-  Array slopes = {}; // (sequences or 1, H)
+  Array slopes = {};  // (sequences or 1, H)
   int64_t slopes_sequence = 0;
 
   explicit operator bool() const { return bias || slopes; }
@@ -66,9 +65,7 @@ struct DistanceBiases {
 inline constexpr int kPanel = 32;
 
 // Whether products of this dtype are made of pairs.
-inline bool multiplies_pairs(DType dtype) {
-  return dtype == DType::bf16 && chosen_isa() >= Isa::avx512bf16;
-}
+inline bool multiplies_pairs(DType dtype) { return dtype == DType::bf16 && chosen_isa() >= Isa::avx512bf16; }
 
 // Keys or values. Products of pairs take the rows as the caller has them, and
 // for sums over keys `panels`, unless null: (Hkv, panels, padded head_dim,
@@ -76,30 +73,30 @@ inline bool multiplies_pairs(DType dtype) {
 // their end. All other products take the rows in the compute type.
 struct Keys {
   Heads rows;
-  const BFloat16 *panels = nullptr;
+  const BFloat16* panels = nullptr;
 };
 
 // What forward and backward share.
 struct Attention {
   Heads query;
   Keys key, value;
-  int64_t panels;                                // of all sequences
-  int64_t batches, heads, kv_heads, sq, sk, dim; // of the tensors
-  const Sequence *sequences;
-  int64_t count; // of the sequences
+  int64_t panels;                                 // of all sequences
+  int64_t batches, heads, kv_heads, sq, sk, dim;  // of the tensors
+  const Sequence* sequences;
+  int64_t count;  // of the sequences
   double scale, softcap;
-  int64_t left, right; // -1: no bound
+  int64_t left, right;  // -1: no bound
   Dropout dropout;
   ScoreMask mask = {};
-  const bool *padding = nullptr; // (B, Sk), contiguous
+  const bool* padding = nullptr;  // (B, Sk), contiguous
   DistanceBiases biases = {};
 };
 
 struct AttentionForward {
   Attention call;
   Heads out;
-  void *lse; // (B, H, Sq), statistics type
-  const QueryBlock *blocks;
+  void* lse;  // (B, H, Sq), statistics type
+  const QueryBlock* blocks;
   int64_t block_count;
 };
 
@@ -112,8 +109,8 @@ struct AttentionForward {
 struct AttentionBackward {
   Attention call;
   Heads out, dout, dquery, dkey, dvalue;
-  const void *lse, *dlse;         // (B, H, Sq); dlse may be null
-  void *partials, *bias_partials; // null: a single part; not asked for
+  const void *lse, *dlse;          // (B, H, Sq); dlse may be null
+  void *partials, *bias_partials;  // null: a single part; not asked for
   int64_t parts;
   ScoreMask dmask = {};
 };
@@ -121,7 +118,7 @@ struct AttentionBackward {
 // dkey and dvalue are scale and value_scale times the sum of the parts. keys: B
 // * Sk.
 struct KeyGradient {
-  const void *partials;
+  const void* partials;
   Heads dkey, dvalue;
   int64_t keys, parts, sk, dim;
   double scale, value_scale;
@@ -130,7 +127,7 @@ struct KeyGradient {
 // The gradient of the bias (H, distances): the sums of the parts (H, parts,
 // summed) in the middle, 0 beyond.
 struct BiasGradient {
-  const void *partials;
+  const void* partials;
   Array dbias;
   int64_t parts, summed, distances;
 };
@@ -143,35 +140,33 @@ struct MaskGradient {
   int64_t sequences, heads, rows, columns;
 
   int64_t row_blocks() const { return rows == 1 ? 1 : blocks_of(rows); }
-  int64_t column_blocks() const {
-    return columns == 1 ? 1 : (columns + kKeyBlock - 1) / kKeyBlock;
-  }
+  int64_t column_blocks() const { return columns == 1 ? 1 : (columns + kKeyBlock - 1) / kKeyBlock; }
 };
 
 // (B, H, S, D) of any storage type into contiguous rows of the compute type.
 struct PackRows {
   Heads from;
-  void *to;
+  void* to;
   int64_t heads, rows, dim;
 };
 
 // The keys or values of sequences into panels.
 struct PackPanels {
   Heads from;
-  BFloat16 *to;
-  const Sequence *sequences;
+  BFloat16* to;
+  const Sequence* sequences;
   int64_t heads, panels, dim;
 };
 
-PYLLM_KERNEL(attention_fwd, AttentionForward)  // over H * query blocks
-PYLLM_KERNEL(attention_bwd, AttentionBackward) // over sequences * Hkv * parts
-PYLLM_KERNEL(attention_mask_gradient, MaskGradient) // over blocks of the mask
+PYLLM_KERNEL(attention_fwd, AttentionForward)        // over H * query blocks
+PYLLM_KERNEL(attention_bwd, AttentionBackward)       // over sequences * Hkv * parts
+PYLLM_KERNEL(attention_mask_gradient, MaskGradient)  // over blocks of the mask
 PYLLM_PAIR_KERNEL(attention_fwd, AttentionForward)
 PYLLM_PAIR_KERNEL(attention_bwd, AttentionBackward)
 PYLLM_PAIR_KERNEL(attention_mask_gradient, MaskGradient)
-PYLLM_KERNEL(attention_key_gradient, KeyGradient)    // over Hkv * B * Sk
-PYLLM_KERNEL(attention_bias_gradient, BiasGradient)  // over H
-PYLLM_KERNEL(attention_pack, PackRows)               // over B * H * S
-PYLLM_PAIR_KERNEL(attention_pack_panels, PackPanels) // over sequences * Hkv
+PYLLM_KERNEL(attention_key_gradient, KeyGradient)     // over Hkv * B * Sk
+PYLLM_KERNEL(attention_bias_gradient, BiasGradient)   // over H
+PYLLM_KERNEL(attention_pack, PackRows)                // over B * H * S
+PYLLM_PAIR_KERNEL(attention_pack_panels, PackPanels)  // over sequences * Hkv
 
-} // namespace pyllm
+}  // namespace pyllm

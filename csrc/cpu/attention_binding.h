@@ -9,46 +9,38 @@
 
 namespace pyllm {
 
-inline Tensor with_contiguous_rows(const Tensor &t) {
+inline Tensor with_contiguous_rows(const Tensor& t) {
   return t.stride(3) == 1 || t.size(3) == 1 ? t : torch::stable::contiguous(t);
 }
 
-inline Heads heads_of(const Tensor &t) {
-  return {array(t), t.stride(0), t.stride(1), t.stride(2)};
-}
+inline Heads heads_of(const Tensor& t) { return {array(t), t.stride(0), t.stride(1), t.stride(2)}; }
 
 // (B, H, S, D), uninitialised, stored as (B, S, H, D). Not by
 // torch::stable::transpose, for new_empty's reason.
-inline Tensor new_like(const Tensor &t) {
-  const int64_t batch = t.size(0), heads = t.size(1), length = t.size(2),
-                dim = t.size(3);
+inline Tensor new_like(const Tensor& t) {
+  const int64_t batch = t.size(0), heads = t.size(1), length = t.size(2), dim = t.size(3);
   const Tensor stored = uninitialised(t, {batch, length, heads, dim});
   const int64_t sizes[] = {batch, heads, length, dim};
   const int64_t strides[] = {length * heads * dim, dim, heads * dim, 1};
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      stored.get(), 4, sizes, strides, 0, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(stored.get(), 4, sizes, strides, 0, &made));
   return Tensor(made);
 }
 
 // The width of a row of t in the kernels' own buffers, in elements of the
 // compute type.
-inline int64_t padded_width(const Tensor &t) {
-  const int64_t unit =
-      kRowBytes / (t.scalar_type() == ScalarType::Double ? 8 : 4);
+inline int64_t padded_width(const Tensor& t) {
+  const int64_t unit = kRowBytes / (t.scalar_type() == ScalarType::Double ? 8 : 4);
   return (t.size(3) + unit - 1) / unit * unit;
 }
 
 // The biases by distance of heads that are query's. furthest: beyond the
 // distance of any query from any key.
-inline DistanceBiases distance_biases(const Tensor &query,
-                                      const OptionalTensor &bias,
-                                      const OptionalTensor &slopes,
+inline DistanceBiases distance_biases(const Tensor& query, const OptionalTensor& bias, const OptionalTensor& slopes,
                                       int64_t furthest) {
-  for (const OptionalTensor &given : {bias, slopes}) {
+  for (const OptionalTensor& given : {bias, slopes}) {
     STD_TORCH_CHECK(!given.has_value() ||
-                        (given->scalar_type() == statistics_type(query) &&
-                         given->dim() == 2 && given->is_contiguous()),
+                        (given->scalar_type() == statistics_type(query) && given->dim() == 2 && given->is_contiguous()),
                     "pyllm: attention's biases by distance must be contiguous "
                     "matrices of the statistics type");
   }
@@ -68,16 +60,14 @@ inline DistanceBiases distance_biases(const Tensor &query,
 // Runs the kernel on every task. Their costs differ: whichever thread is free
 // takes the next ones.
 template <class Args>
-void run_tasks(void (*kernel)(const Args &, int64_t, int64_t), const Args &args,
-               int64_t tasks, int64_t work) {
+void run_tasks(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t tasks, int64_t work) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t workers = std::min({threads, tasks, work / kGrain + 1});
   const int64_t share = std::max<int64_t>(1, tasks / (64 * threads));
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(share)) < tasks;)
-      kernel(args, begin, std::min(begin + share, tasks));
+    for (int64_t begin; (begin = next.fetch_add(share)) < tasks;) kernel(args, begin, std::min(begin + share, tasks));
   });
 }
 
-} // namespace pyllm
+}  // namespace pyllm

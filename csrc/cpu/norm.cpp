@@ -8,17 +8,15 @@
 namespace pyllm {
 namespace {
 
-void forward(const NormCall &call) {
+void forward(const NormCall& call) {
   const Dropout dropout = dropout_of(call.rng, call.dropout_p);
-  if (call.rows.count == 0)
-    return;
+  if (call.rows.count == 0) return;
   const NormForward args{.x = array(call.x),
                          .residual = array(call.residual),
                          .weight = array(call.weight),
                          .bias = array(call.bias),
                          .y = array(call.y),
-                         .z = call.residual.has_value() ? array(call.z)
-                                                        : Array{},
+                         .z = call.residual.has_value() ? array(call.z) : Array{},
                          .mean = call.rms ? nullptr : call.mean.data_ptr(),
                          .rstd = call.rstd.data_ptr(),
                          .width = call.rows.width,
@@ -26,68 +24,52 @@ void forward(const NormCall &call) {
                          .rms = call.rms,
                          .past_caches = past_caches(call.y),
                          .dropout = dropout};
-  torch::stable::parallel_for(
-      0, call.rows.count, rows_per_task(call.rows.width),
-      [&, kernel = pick_norm_fwd()](int64_t begin, int64_t end) {
-        kernel(args, begin, end);
-      });
+  torch::stable::parallel_for(0, call.rows.count, rows_per_task(call.rows.width),
+                              [&, kernel = pick_norm_fwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-void backward(const NormGradientCall &call) {
-  const Tensor &z = call.z;
+void backward(const NormGradientCall& call) {
+  const Tensor& z = call.z;
   const Rows rows = call.rows;
   // One chunk of rows for each thread: its partial sums are added in order, so
   // gradients do not vary from run to run.
-  const int64_t tasks =
-      (rows.count + rows_per_task(rows.width) - 1) / rows_per_task(rows.width);
-  const int64_t chunks =
-      std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  const int64_t rows_per_chunk =
-      chunks == 0 ? 0 : (rows.count + chunks - 1) / chunks;
+  const int64_t tasks = (rows.count + rows_per_task(rows.width) - 1) / rows_per_task(rows.width);
+  const int64_t chunks = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const int64_t rows_per_chunk = chunks == 0 ? 0 : (rows.count + chunks - 1) / chunks;
   Tensor partials;
-  if (call.wants_sums())
-    partials = uninitialised(z, {chunks, 2, rows.width}, statistics_type(z));
-  const NormBackward args{
-      .dy = array(call.dy),
-      .dz = array(call.dz),
-      .z = array(z),
-      .weight = array(call.weight),
-      .dx = call.has_dx ? array(call.dx) : Array{},
-      .dresidual = array(call.dresidual),
-      .mean = call.mean.has_value() ? call.mean->data_ptr() : nullptr,
-      .rstd = call.rstd.data_ptr(),
-      .partials = call.wants_sums() ? partials.data_ptr() : nullptr,
-      .rows = rows.count,
-      .width = rows.width,
-      .rows_per_chunk = rows_per_chunk,
-      .rms = !call.mean.has_value(),
-      .past_caches = past_caches(call.dresidual),
-      .dropout = dropout_of(call.rng, call.dropout_p)};
-  torch::stable::parallel_for(
-      0, chunks, 1, [&, kernel = pick_norm_bwd()](int64_t begin, int64_t end) {
-        kernel(args, begin, end);
-      });
+  if (call.wants_sums()) partials = uninitialised(z, {chunks, 2, rows.width}, statistics_type(z));
+  const NormBackward args{.dy = array(call.dy),
+                          .dz = array(call.dz),
+                          .z = array(z),
+                          .weight = array(call.weight),
+                          .dx = call.has_dx ? array(call.dx) : Array{},
+                          .dresidual = array(call.dresidual),
+                          .mean = call.mean.has_value() ? call.mean->data_ptr() : nullptr,
+                          .rstd = call.rstd.data_ptr(),
+                          .partials = call.wants_sums() ? partials.data_ptr() : nullptr,
+                          .rows = rows.count,
+                          .width = rows.width,
+                          .rows_per_chunk = rows_per_chunk,
+                          .rms = !call.mean.has_value(),
+                          .past_caches = past_caches(call.dresidual),
+                          .dropout = dropout_of(call.rng, call.dropout_p)};
+  torch::stable::parallel_for(0, chunks, 1,
+                              [&, kernel = pick_norm_bwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   if (call.wants_sums()) {
-    const ColumnSum sum{
-        .partials = partials.data_ptr(),
-        .dweight = call.weight.has_value() ? array(call.dweight) : Array{},
-        .dbias = call.bias.has_value() ? array(call.dbias) : Array{},
-        .chunks = chunks,
-        .width = rows.width,
-        .compute =
-            z.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32};
-    torch::stable::parallel_for(
-        0, rows.width, kGrain,
-        [&, kernel = pick_column_sum()](int64_t begin, int64_t end) {
-          kernel(sum, begin, end);
-        });
+    const ColumnSum sum{.partials = partials.data_ptr(),
+                        .dweight = call.weight.has_value() ? array(call.dweight) : Array{},
+                        .dbias = call.bias.has_value() ? array(call.dbias) : Array{},
+                        .chunks = chunks,
+                        .width = rows.width,
+                        .compute = z.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32};
+    torch::stable::parallel_for(0, rows.width, kGrain, [&, kernel = pick_column_sum()](int64_t begin, int64_t end) {
+      kernel(sum, begin, end);
+    });
   }
 }
 
-} // namespace
+}  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyllm, CPU, m) {
-  NormOperators<forward, backward>::implement(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(pyllm, CPU, m) { NormOperators<forward, backward>::implement(m); }
 
-} // namespace pyllm
+}  // namespace pyllm

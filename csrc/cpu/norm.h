@@ -12,7 +12,7 @@ namespace pyllm {
 // Matrices are contiguous (rows, width).
 struct NormForward {
   Array x, residual, weight, bias;
-  Array y, z; // z only with a residual
+  Array y, z;  // z only with a residual
   void *mean, *rstd;
   int64_t width;
   double eps;
@@ -25,9 +25,9 @@ struct NormForward {
 // type, a chunk being `rows_per_chunk` rows.
 struct NormBackward {
   Array dy, dz, z, weight;
-  Array dx, dresidual; // dx only where it differs from dresidual
+  Array dx, dresidual;  // dx only where it differs from dresidual
   const void *mean, *rstd;
-  void *partials; // null where neither gradient is wanted
+  void* partials;  // null where neither gradient is wanted
   int64_t rows, width, rows_per_chunk;
   bool rms, past_caches;
   Dropout dropout;
@@ -35,14 +35,14 @@ struct NormBackward {
 
 // gradient[j] = sum over the chunks of partials[chunk][which][j]
 struct ColumnSum {
-  const void *partials;
+  const void* partials;
   Array dweight, dbias;
   int64_t chunks, width;
   DType compute;
 };
 
-PYLLM_KERNEL(norm_fwd, NormForward)  // over rows
-PYLLM_KERNEL(norm_bwd, NormBackward) // over chunks
-PYLLM_KERNEL(column_sum, ColumnSum)  // over columns
+PYLLM_KERNEL(norm_fwd, NormForward)   // over rows
+PYLLM_KERNEL(norm_bwd, NormBackward)  // over chunks
+PYLLM_KERNEL(column_sum, ColumnSum)   // over columns
 
-} // namespace pyllm
+}  // namespace pyllm

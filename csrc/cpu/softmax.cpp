@@ -6,7 +6,7 @@
 namespace pyllm {
 namespace {
 
-void forward(const SoftmaxCall &call) {
+void forward(const SoftmaxCall& call) {
   const SoftmaxForward args{.x = array(call.x),
                             .y = array(call.y),
                             .mask = call.mask,
@@ -17,12 +17,10 @@ void forward(const SoftmaxCall &call) {
                             .past_caches = past_caches(call.y)};
   torch::stable::parallel_for(
       0, call.rows.count, rows_per_task(call.rows.width),
-      [&, kernel = pick_softmax_fwd()](int64_t begin, int64_t end) {
-        kernel(args, begin, end);
-      });
+      [&, kernel = pick_softmax_fwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-void backward(const SoftmaxGradientCall &call) {
+void backward(const SoftmaxGradientCall& call) {
   const SoftmaxBackward args{.dy = array(call.dy),
                              .y = array(call.y),
                              .dx = array(call.dx),
@@ -32,15 +30,11 @@ void backward(const SoftmaxGradientCall &call) {
                              .past_caches = past_caches(call.dx)};
   torch::stable::parallel_for(
       0, call.rows.count, rows_per_task(call.rows.width),
-      [&, kernel = pick_softmax_bwd()](int64_t begin, int64_t end) {
-        kernel(args, begin, end);
-      });
+      [&, kernel = pick_softmax_bwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-} // namespace
+}  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyllm, CPU, m) {
-  SoftmaxOperators<forward, backward>::implement(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(pyllm, CPU, m) { SoftmaxOperators<forward, backward>::implement(m); }
 
-} // namespace pyllm
+}  // namespace pyllm

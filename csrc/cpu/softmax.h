@@ -11,7 +11,7 @@ namespace pyllm {
 // of `width`.
 struct SoftmaxForward {
   Array x, y;
-  MaskRows mask; // with the rows' sizes also where there is no mask
+  MaskRows mask;  // with the rows' sizes also where there is no mask
   int64_t width;
   double scale;
   bool is_causal, log, past_caches;
@@ -25,7 +25,7 @@ struct SoftmaxBackward {
   bool log, past_caches;
 };
 
-PYLLM_KERNEL(softmax_fwd, SoftmaxForward)  // over rows
-PYLLM_KERNEL(softmax_bwd, SoftmaxBackward) // over rows
+PYLLM_KERNEL(softmax_fwd, SoftmaxForward)   // over rows
+PYLLM_KERNEL(softmax_bwd, SoftmaxBackward)  // over rows
 
-} // namespace pyllm
+}  // namespace pyllm
