@@ -1,7 +1,8 @@
 """Builds the compiled part of pyllm with ninja: the CPU kernels, the CUDA kernels, and the pybind11 module pyllm._C.
 
 libpyllm_cpu.so and libpyllm_cuda.so are on PyTorch's stable ABI: one binary for every PyTorch from 2.11 and every
-Python. Each csrc/cpu/*_kernel.cpp is compiled once for each instruction set; the right one is picked at run time.
+Python. Each csrc/cpu/*_kernel.cpp is compiled once for each instruction set, *_pairs_kernel.cpp for those that multiply pairs
+of bf16; the right one is picked at run time.
 Without a C++ compiler the package installs without this part, without nvcc of CUDA 13 without the CUDA kernels. Whether
 PyTorch has CUDA, or the machine a GPU, makes no difference to the build.
 
@@ -27,9 +28,12 @@ ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / "native"
 STABLE_ABI = "0x020b000000000000"  # PyTorch 2.11
 INSTRUCTION_SETS = {"portable": ""}
+PAIR_SETS: dict[str, str] = {}  # with products of pairs of bf16
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+    PAIR_SETS["avx512bf16"] = f"{INSTRUCTION_SETS['avx512']} -mavx512bf16"
+    PAIR_SETS["amx"] = f"{PAIR_SETS['avx512bf16']} -mamx-tile -mamx-bf16"
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"
 LIBRARY = "libpyllm_cpu.so"
 CUDA_LIBRARY = "libpyllm_cuda.so"
@@ -158,15 +162,16 @@ def write_ninja_file(cxx: str, nvcc: Path | None) -> list[str]:
         objects = [compile_one(ROOT / "csrc" / "library.cpp", "$torch")]
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             if source.stem.endswith("_kernel"):
+                sets = PAIR_SETS if source.stem.endswith("_pairs_kernel") else INSTRUCTION_SETS
                 objects += [
                     compile_one(source, f"-I{ROOT / 'csrc'} -DPYLLM_ISA={isa} {flags}", f".{isa}")
-                    for isa, flags in INSTRUCTION_SETS.items()
+                    for isa, flags in sets.items()
                 ]
             else:
                 objects.append(compile_one(source, "$torch"))
         ninja.build(LIBRARY, "link", objects, variables={"flags": f"-L{torch_root / 'lib'} -ltorch_cpu"})
 
-        facts += f' -DPYLLM_TORCH=\\"{torch.__version__}\\" -DPYLLM_ISAS=\\"{",".join(INSTRUCTION_SETS)}\\"'
+        facts += f' -DPYLLM_TORCH=\\"{torch.__version__}\\" -DPYLLM_ISAS=\\"{",".join(INSTRUCTION_SETS | PAIR_SETS)}\\"'
         module = compile_one(ROOT / "csrc" / "module.cpp", f"-I{ROOT / 'csrc'} $python {facts}")
         ninja.build(MODULE, "link", module)
         ninja.default(products)

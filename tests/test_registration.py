@@ -272,7 +272,9 @@ def test_the_folder_kernels_does_not_hide_a_package_of_that_name():
     assert result.stdout.strip() == "BertModel", result.stderr
 
 
-@pytest.mark.parametrize("name, why", [("portable", None), ("avx9", "must be portable, avx2 or avx512")])
+@pytest.mark.parametrize(
+    "name, why", [("portable", None), ("avx9", "must be portable, avx2, avx512, avx512bf16 or amx")]
+)
 def test_instruction_set_by_name(name, why):
     code = "import torch, pyllm\nfrom pyllm import _C\nprint(_C.cpu_isa(), pyllm.ops.softmax(torch.zeros(4)).tolist())"
     result = python(code, PYLLM_CPU_ISA=name)
@@ -288,7 +290,7 @@ def test_backend_from_the_environment():
     assert "unknown backend 'x'" in python(code, PYLLM_BACKEND="x").stderr
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_kernels_of_an_instruction_set_share_no_code(isa):
     """A function outside the instruction set's namespace would be merged by the linker with another set's copy."""
     objects = sorted((ROOT / "build" / "native").glob(f"*.{isa}.o"))

@@ -24,7 +24,8 @@ void check_places(const AttentionDecode& args, const int32_t* lengths, int64_t b
   for (int64_t sequence = 0; sequence < batch; ++sequence) {
     const int64_t keys = lengths[sequence] + added;
     STD_TORCH_CHECK(lengths[sequence] >= 0 && keys <= args.table_row * args.page_size,
-                    "pyllm: decoding's cache_seqlens must leave room in the cache for what is added");
+                    "pyllm: decoding's cache_seqlens must leave room in the "
+                    "cache for what is added");
     if (args.block_table == nullptr) continue;
     const int32_t* table = args.block_table + sequence * args.table_row;
     STD_TORCH_CHECK(
@@ -105,7 +106,9 @@ void decode(const DecodeCall& call) {
   }
   int64_t keys = 0;
   for (const DecodePiece& piece : pieces) keys += piece.end - piece.begin;
-  run_tasks(pick_attention_decode(), args, piece_count * call.kv_heads, keys * call.kv_heads * call.dim);
+  const bool pairs = multiplies_pairs(args.query.data.dtype);
+  run_tasks(pairs ? pick_attention_decode_pairs() : pick_attention_decode(), args, piece_count * call.kv_heads,
+            keys * call.kv_heads * call.dim);
   run_tasks(pick_attention_decode_merge(), args, call.lse.numel(), partial_out.numel());
 }
 

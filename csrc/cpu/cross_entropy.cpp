@@ -25,8 +25,8 @@ Tensor indices(const Tensor& target, const Rows& rows) {
 }
 
 Array statistics(const char* name, const Tensor& t, const Tensor& logits, int64_t elements) {
-  STD_TORCH_CHECK(t.scalar_type() == statistics_type(logits) && t.numel() == elements && t.is_contiguous(), "pyllm: ",
-                  name, " must be ", elements, " contiguous numbers of the statistics' type");
+  STD_TORCH_CHECK(t.scalar_type() == statistics_type(logits) && t.numel() == elements && t.is_contiguous(),
+                  "pyllm: ", name, " must be ", elements, " contiguous numbers of the statistics' type");
   return array(t);
 }
 
@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits_in, const Tens
                                              bool gradient) {
   const Tensor logits = as_contiguous(logits_in);
   Tensor dlogits = gradient ? uninitialised_large(logits, logits.sizes()) : uninitialised(logits, {0});
-  Tensor loss = forward(logits, gradient ? &dlogits : nullptr, target, weight, scale, ignore_index, label_smoothing,
-                        z_loss);
+  Tensor loss =
+      forward(logits, gradient ? &dlogits : nullptr, target, weight, scale, ignore_index, label_smoothing, z_loss);
   return {loss, dlogits};
 }
 
@@ -97,13 +97,12 @@ void cross_entropy_shard_fwd(Tensor statistic, const Tensor& logits_in, const Te
   const Tensor logits = as_contiguous(logits_in);
   const Rows rows(logits);
   const Tensor index = indices(target, rows);
-  const CrossEntropyShardForward args{
-      .logits = array(logits),
-      .statistics = statistics("statistics", statistic, logits, 4 * rows.count),
-      .target = static_cast<const int64_t*>(index.data_ptr()),
-      .rows = rows.count,
-      .width = rows.width,
-      .first = first};
+  const CrossEntropyShardForward args{.logits = array(logits),
+                                      .statistics = statistics("statistics", statistic, logits, 4 * rows.count),
+                                      .target = static_cast<const int64_t*>(index.data_ptr()),
+                                      .rows = rows.count,
+                                      .width = rows.width,
+                                      .first = first};
   over_rows(pick_cross_entropy_shard_fwd(), args, rows.count, rows.width);
 }
 
@@ -111,13 +110,12 @@ void cross_entropy_shard_bwd(Tensor logits, const Tensor& coefficients, const Te
   check_contiguous("logits", logits);
   const Rows rows(logits);
   const Tensor index = indices(target, rows);
-  const CrossEntropyShardBackward args{
-      .logits = array(logits),
-      .coefficients = statistics("coefficients", coefficients, logits, 4 * rows.count),
-      .target = static_cast<const int64_t*>(index.data_ptr()),
-      .rows = rows.count,
-      .width = rows.width,
-      .first = first};
+  const CrossEntropyShardBackward args{.logits = array(logits),
+                                       .coefficients = statistics("coefficients", coefficients, logits, 4 * rows.count),
+                                       .target = static_cast<const int64_t*>(index.data_ptr()),
+                                       .rows = rows.count,
+                                       .width = rows.width,
+                                       .first = first};
   over_rows(pick_cross_entropy_shard_bwd(), args, rows.count, rows.width);
 }
 

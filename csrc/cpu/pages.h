@@ -11,8 +11,8 @@
 
 namespace pyllm {
 
-// An uninitialised tensor that will be written whole. Its memory, if it is fresh, is faulted in by 2 MB where the system
-// lets programs ask for that: a sixth of the time that pages of 4 KB take, which is more than most kernels need.
+// An uninitialised tensor that will be written whole. Its memory, if it is fresh, is faulted in by 2 MB where the
+// system lets programs ask for that: a sixth of the time that pages of 4 KB take, which is more than most kernels need.
 inline Tensor uninitialised_large(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   Tensor made = uninitialised(like, sizes);
 #if defined(__linux__)

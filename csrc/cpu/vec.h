@@ -62,9 +62,13 @@ inline Vec<float> widen(Half16 bits, BFloat16) {
 }
 
 inline Half16 narrow(Vec<float> v, BFloat16) {
+#if defined(__AVX512BF16__)
+  return bit_cast<Half16>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));  // subnormal numbers become 0
+#else
   const auto bits = bit_cast<Vec<uint32_t>>(v);
   const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   return __builtin_convertvector(v == v ? rounded : Vec<uint32_t>{} + 0x7FC0, Half16);
+#endif
 }
 
 inline Vec<float> widen(Half16 bits, Float16) {
@@ -274,20 +278,29 @@ template <class C, int sums, class Body>
 // For x <= 88: 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2; within 1.1 ulp; 0 where the result is subnormal.
 inline Vec<float> exp(Vec<float> x) {
   constexpr float least = -87.3f;
-  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const auto underflow = x < least;
+#if defined(__AVX512F__)
+  const Vec<float> n = bit_cast<Vec<float>>(_mm512_roundscale_ps(bit_cast<__m512>(x * 1.44269504f), 0));
+  Vec<float> r = x - n * 0.693359375f;
+#else
+  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> clamped = underflow ? splat(least) : x;
   const Vec<float> n = (clamped * 1.44269504f + shift) - shift;
   Vec<float> r = clamped - n * 0.693359375f;
+#endif
   r = r + n * 2.12194440e-4f;
-  Vec<float> p = r * 1.9875692e-4f + 1.3981999e-3f;
-  p = p * r + 8.3334519e-3f;
-  p = p * r + 4.1665796e-2f;
-  p = p * r + 1.66666655e-1f;
-  p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
+  Vec<float> p = r * 1.38145394e-3f + 8.36874545e-3f;
+  p = p * r + 4.1668389e-2f;
+  p = p * r + 1.66665211e-1f;
+  p = p * r + 0.49999994f;
+  p = (p * r + 1.0f) * r + 1.0f;
+#if defined(__AVX512F__)
+  const auto scaled = bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+  return underflow ? Vec<float>{} : scaled;
+#else
   const Vec<float> power = bit_cast<Vec<float>>((__builtin_convertvector(n, Vec<int32_t>) + 127) << 23);
   return underflow ? Vec<float>{} : p * power;
+#endif
 }
 
 inline Vec<double> exp(Vec<double> x) {
