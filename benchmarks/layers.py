@@ -21,7 +21,7 @@ import pyllm.nn
 from pyllm import testing
 from pyllm.benchmarks import huggingface
 from pyllm.benchmarks.lengths import DISTRIBUTIONS, padding
-from pyllm.benchmarks.measure import Benchmark, Call, WithLeaves, Workload, randn
+from pyllm.benchmarks.measure import Benchmark, Call, Peer, Workload, randn
 from pyllm.benchmarks.plain_block import PlainBlock
 from pyllm.nn import DecoderLayer, EncoderLayer, Rotary
 from pyllm.reference import statistics_type
@@ -114,14 +114,15 @@ class Layer:
                     out = module(inputs[0], **arguments)
                 return out[0] if isinstance(out, tuple) else out
 
-            return WithLeaves(layer, [*inputs, *module.parameters()])
+            return Peer(layer, [*inputs, *module.parameters()])
 
         def graphed() -> Call:
-            return partial(call, pyllm.graphed(ours))
+            return Peer(partial(call, pyllm.graphed(ours)), leaves, captured=partial(call, ours))
 
+        leaves = [*inputs, *parameters.values()]
         return Workload(
             {name: partial(call, module) for name, module in modules.items()},
-            [*inputs, *parameters.values()],
+            leaves,
             check,
             late={"graphed": graphed} | ({"hf": hugging_face} if self.hf else {}),
             modules=tuple(modules.values()),

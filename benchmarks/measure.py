@@ -13,6 +13,7 @@ from torch.nn import Module, Parameter
 from pyllm import testing
 from pyllm.backend import BACKENDS, recording, use_backend
 from pyllm.benchmarks import timing
+from pyllm.graphs import graphed
 
 # forward runs without gradient; recorded is a forward that a backward can follow; step is both with the optimiser.
 PASSES = ("forward", "backward", "both")
@@ -28,11 +29,15 @@ Call = Callable[[], Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class WithLeaves:
-    """A call that has leaves of its own, such as a model whose parameters are split in another way."""
+class Peer:
+    """A call that has leaves of its own, such as a model whose parameters are split in another way.
+
+    captured: the call that a whole step, optimiser included, is a CUDA graph of.
+    """
 
     call: Call
     leaves: list[Tensor]
+    captured: Call | None = None
 
     def __call__(self) -> Tensor | tuple[Tensor, ...]:
         return self.call()
@@ -58,7 +63,10 @@ class Workload:
 
     def staged(self, call: Call, direction: str) -> Callable[[], object]:
         """The part of a call that a pass times."""
-        return staged(call, getattr(call, "leaves", self.leaves), direction, self.used)
+        leaves = call.leaves if isinstance(call, Peer) else self.leaves
+        if direction == "step" and isinstance(call, Peer) and call.captured is not None:
+            return graphed(staged(call.captured, leaves, direction, self.used))
+        return staged(call, leaves, direction, self.used)
 
     def peer(self, name: str) -> Call | None:
         """`compile` is the eager call compiled, a backend's name is pyllm on that backend; None: there is none."""
@@ -273,7 +281,8 @@ def staged(call: Call, leaves: list[Tensor], direction: str, used: Tensor | None
     if direction == "both":
         return lambda: gradients(_outputs(call()), False)
     parameters = [leaf for leaf in leaves if isinstance(leaf, Parameter)]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)  # its whole arithmetic, and the weights stay
+    # Its whole arithmetic, and the weights stay.
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True, capturable=parameters[0].is_cuda)
 
     def step() -> None:
         for leaf, gradient in zip(leaves, gradients(_outputs(call()), False), strict=True):

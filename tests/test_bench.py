@@ -4,6 +4,7 @@ import resource
 from functools import partial
 
 import pytest
+import taped_graphs
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -81,6 +82,16 @@ def test_step_is_the_optimisers_too_and_leaves_the_weights():
         workload.staged(workload.calls["pyllm"], "step")()
     assert any("fused_adamw" in event.key for event in profiler.key_averages())
     assert all(map(torch.equal, before, workload.leaves)) and not any(leaf.grad is not None for leaf in workload.leaves)
+
+
+@pytest.mark.parametrize("direction", ["both", "step", "forward"])
+def test_graphed_layers_are_a_peer(direction, monkeypatch):
+    case = measure.Case(BENCHMARKS["gpt2_block"], (2, 8, 64), "fp32", direction, "half padded")
+    (result,) = measure.measure(case, "reference", peers=("graphed",), quick=True)
+    assert "CUDA graphs need" in result.refused["graphed"]
+    taped_graphs.install(monkeypatch)
+    (result,) = measure.measure(case, "reference", peers=("graphed",), quick=True)
+    assert result.problem is None and not result.refused and result.seconds["graphed"] > 0
 
 
 def test_autocast_is_of_fp32_parameters():
