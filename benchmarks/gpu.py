@@ -184,7 +184,7 @@ def attention(run: Run) -> Report:
 
 
 def layers(run: Run) -> Report:
-    """Training steps of full size and of padded batches; then of few tokens, end to end, where launches take the time."""
+    """Training steps of full size, padded batches too; then of few tokens, end to end, where launches take the time."""
     full = _cases("bert_layer", [(32, 512, 768)], variants=["full", "half padded", "log-normal"], directions=("both",))
     full += _cases("gpt2_block", [(32, 512, 1024)], variants=["full", "half padded"], directions=("both",))
     full += _cases("llama_block", [(4, 2048, 2048)], variants=["full"], directions=("both",))

@@ -43,8 +43,8 @@ def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
 
 
 def case(row: Row) -> str:
-    pages = "fresh pages" if row["fresh_pages"] else ""
-    return " ".join(part for part in (row["op"], row["shape"], row["dtype"], row["variant"], pages) if part)
+    pages = "fresh pages" if row.get("fresh_pages") else ""
+    return " ".join(part for part in (row["op"], row["shape"], row["dtype"], row.get("variant"), pages) if part)
 
 
 def _time(row: Row) -> str:

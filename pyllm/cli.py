@@ -1,4 +1,4 @@
-"""The command line: pyllm doctor | bench | tune."""
+"""The command line: pyllm doctor | bench | tune | report."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,7 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_tune(
         commands.add_parser("tune", help="measure this machine's tiles for the Triton attention, or default backends")
     )
+    _add_report(
+        commands.add_parser("report", help="make a page with plots, or a Markdown table, of a folder of results")
+    )
     arguments = parser.parse_args(argv)
+    if arguments.command == "report":
+        return _report(arguments)
     if arguments.command == "tune":
         return _tune(arguments, parser)
     if arguments.command == "doctor":
@@ -93,6 +98,37 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     emit.add_argument("--dtype", action="append", choices=DTYPES, help="default: fp32, bf16 and fp16")
     emit.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     emit.add_argument("--quick", action="store_true", help="see that it works: few rounds, small tensors")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Reads every JSON file that `pyllm bench --json` or `make gpu` wrote into a folder, or CSV where there is no "
+        "JSON, and makes one HTML page with plots that loads nothing, or a Markdown table."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="default: DIR/report.html")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="ratios to PyTorch eager alone, as for a README")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pyllm.benchmarks import page
+
+    console = wide_console()
+    if arguments.html is None and arguments.markdown is None:
+        arguments.html = arguments.folder / "report.html"
+    try:
+        machines = page.read(arguments.folder)
+        for path, make in ((arguments.html, page.html), (arguments.markdown, page.markdown)):
+            if path is not None:
+                page.write(path, make(machines))
+                console.print(f"written: {path}", markup=False, soft_wrap=True)
+    except (page.NoResults, OSError) as error:
+        console.print(f"pyllm report: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    except ModuleNotFoundError as error:
+        console.print(f"pyllm report: the plots need matplotlib: {error}", style="red", markup=False)
+        return 1
+    return 0
 
 
 def _shape(text: str) -> tuple[int, ...]:
