@@ -2,25 +2,33 @@
 
 import io
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
-# Legible on white and on black (Okabe and Ito's palette); every bar also says whose it is.
-COLOURS = ("#0e83c4", "#d9730d", "#12a37a", "#b866a0", "#a58a00", "#7a7f87")
+# Legible on white and on black; every bar also says whose it is.
+COLOURS = {"pyllm": "#0e83c4", "eager": "#7a7f87", "compile": "#12a37a", "hf": "#d9730d"}
+OTHERS = ("#b866a0", "#a58a00", "#5b6ee1", "#c4534f")
 INK = "#010203"  # stands for the page's text colour
-WIDTH = 4.7  # inches: as wide as a phone, where the page does not scale it
-LABEL = 54  # characters in a line
+WIDTH = 4.2  # inches: as wide as a phone, where the page does not scale it
+LABEL = 46  # characters in a line
+UNIT = 0.2  # inches of a line
+AXIS = 1.6  # lines
 
 
 @dataclass(frozen=True)
 class Bar:
-    """text is written behind the bar; spread: of the value, as a part of it; series: the index of its colour."""
+    """text is written behind the bar, which has the colour of an implementation; spread: a part of the value."""
 
     value: float
     text: str
-    series: int = 0
+    implementation: str = "pyllm"
     spread: float = 0.0
+
+    @property
+    def colour(self) -> str:
+        return COLOURS.get(self.implementation) or OTHERS[zlib.crc32(self.implementation.encode()) % len(OTHERS)]
 
 
 def bars(identity: str, cases: Sequence[tuple[str, Sequence[Bar]]], mark: float | None, logarithmic: bool) -> str:
@@ -34,57 +42,52 @@ def bars(identity: str, cases: Sequence[tuple[str, Sequence[Bar]]], mark: float 
 
     style = {"svg.fonttype": "none", "svg.hashsalt": identity, "font.size": 10, "font.family": "sans-serif"}
     style |= {name: INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color")}
+    everything = [bar for _, some in cases for bar in some]
+    top = 1.05 * max([bar.value * (1 + bar.spread) for bar in everything] + [mark or 0.0])
+    start, least = 0.0, 0.0
+    if logarithmic:
+        start, least = mark, 0.9 * min([bar.value * max(1 - bar.spread, 0.5) for bar in everything] + [mark])
     with matplotlib.rc_context(style):
-        position, drawn, names = 0.0, [], []
+        lines = 0.6 + sum(2.0 + len(some) + _lines(name).count("\n") for name, some in cases)
+        figure = Figure(figsize=(WIDTH, UNIT * (lines + AXIS)))
+        axes = figure.add_axes((0.02, 0.0, 0.96, lines / (lines + AXIS)))
+        y = 0.6
         for name, some in cases:
-            lines = wrap(name, LABEL) or [""]
-            names.append((position, "\n".join(lines)))
-            position += 0.9 * len(lines)
-            for bar in some:
-                drawn.append((position, bar))
-                position += 0.8
-            position += 0.7
-        figure = Figure(figsize=(WIDTH, 0.2 * position + 0.4))
-        axes = figure.add_axes((0.02, 0.3 / (0.2 * position + 0.4), 0.96, 1.0 - 0.32 / (0.2 * position + 0.4)))
-        start = mark if logarithmic else 0.0
-        most, least = _range([bar for _, bar in drawn], mark, logarithmic)
-        for at, bar in drawn:
-            axes.barh(at, bar.value - start, left=start, height=0.7, color=COLOURS[bar.series % len(COLOURS)])
-            if bar.spread:
+            axes.annotate(
+                _lines(name), (0, y), (2, 0), ("axes fraction", "data"), "offset points", va="top", weight="bold"
+            )
+            y += 1.6 + _lines(name).count("\n")
+            for i, bar in enumerate(some):
+                axes.barh(y + i, bar.value - start, left=start, height=0.85, color=bar.colour)
                 low, high = bar.value * (1 - bar.spread), bar.value * (1 + bar.spread)
-                axes.plot([max(low, least), min(high, most)], [at, at], color=INK, linewidth=1.2, alpha=0.7)
-            end = max(bar.value * (1 + bar.spread), start) if bar.value >= start else max(start, bar.value)
-            axes.annotate(bar.text, (min(end, most), at), (4, 0), textcoords="offset points", va="center", fontsize=9)
-        for at, name in names:
-            axes.annotate(name, (0.0, at), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          va="center_baseline", fontsize=9.5, fontweight="bold")  # fmt: skip
-        if mark is not None:
-            axes.axvline(mark, color=INK, linewidth=1, linestyle=(0, (3, 2)))
+                if bar.spread:
+                    axes.plot([max(low, least), high], [y + i] * 2, color=INK, linewidth=1.2)
+                behind = max(high, mark or 0.0)
+                axes.annotate(bar.text, (behind, y + i), (4, 0), textcoords="offset points", va="center", fontsize=9)
+            if mark is not None:
+                axes.plot([mark] * 2, [y - 0.6, y + len(some) - 0.4], color=INK, linewidth=1, linestyle="--")
+            y += len(some) + 0.4
         if logarithmic:
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.minorticks_off()
-        axes.set(xlim=(least, most * (most / least) ** 0.45 if logarithmic else most * 1.45), ylim=(position, -0.8))
-        axes.set_yticks([])
-        axes.spines[["left", "right", "top"]].set_visible(False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e4 else f"{value / 1e3:g}k")
+        axes.set(xlim=(least, top * (top / least) ** 0.6 if logarithmic else 1.8 * top), ylim=(lines, 0.0), yticks=[])
+        axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
+        axes.spines[["left", "right", "bottom"]].set_visible(False)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return _inline(text.getvalue(), identity)
 
 
-def _range(drawn: Sequence[Bar], mark: float | None, logarithmic: bool) -> tuple[float, float]:
-    """(the largest value to be seen, the least)."""
-    values = [bar.value * (1 + bar.spread) for bar in drawn] + ([mark] if mark else [])
-    least = min([bar.value * max(1 - bar.spread, 0.5) for bar in drawn] + [mark or 1.0])
-    return 1.05 * max(values), 0.9 * least if logarithmic else 0.0
+def _lines(name: str) -> str:
+    return "\n".join(wrap(name, LABEL))
 
 
 def _inline(svg: str, identity: str) -> str:
     """The element alone, scaled by the page, in its text colour."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for size in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(?<=[" ])id="', f'id="{identity}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{identity}-", svg)
-    svg = re.sub(r"font: ([^;]*?)'?sans-serif[^;\"]*", r"font: \1inherit", svg)
+    svg = re.sub(r"font-family: [^;]*sans-serif", "font-family: inherit", svg)
     return svg.replace(INK, "currentColor").replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -33,7 +33,8 @@ class Machine:
         f = self.facts
         if "machine" in f:
             return "Machine not recorded"
-        device = f["gpu"] if "gpu" in f else f"{f['cpu']}, {f['threads']} threads"
+        threads = f"{f['threads']} thread{'s' * (f['threads'] != '1')}"
+        device = f["gpu"] if "gpu" in f else f"{f['cpu']}, {threads}"
         return f"{device}, PyTorch {f['torch']}"
 
 
@@ -108,59 +109,55 @@ def _label(row: Row) -> str:
     return f"{report.case(row).removeprefix(row['op'])} {row['pass']}".strip()
 
 
-def _speed(rows: Sequence[Row]) -> list[tuple[str, list[Bar]]]:
-    peers = ["eager", *report.peers(rows)]
-    return [
-        (
-            _label(row),
-            [
-                Bar(ratio, f"{ratio:.2f} × {peer}", series, row["spread"])
-                for series, peer in enumerate(peers)
-                if (ratio := report.against(row, peer)) is not None
-            ],
-        )
-        for row in rows
-    ]
+Cases = list[tuple[str, list[Bar]]]
 
 
-def _memory(measure: str, rows: Sequence[Row]) -> list[tuple[str, list[Bar]]]:
-    """Shares of what eager takes."""
-    names = ["pyllm", *report.peers(rows, measure)]
+def _speed(rows: Sequence[Row]) -> Cases:
     cases = []
     for row in rows:
+        ratios = {peer: report.against(row, peer) for peer in ("eager", *report.peers([row]))}
+        bars = [Bar(ratio, f"{ratio:.2f} × {peer}", peer, row["spread"]) for peer, ratio in ratios.items() if ratio]
+        cases.append((_label(row), bars))
+    return cases
+
+
+def _memory(measure: str, rows: Sequence[Row]) -> Cases:
+    """Shares of what eager takes."""
+    cases = []
+    for row in rows:
+        sizes = {name: row.get(f"{measure}_{name}") for name in ("pyllm", *report.peers([row], measure))}
         whole = row.get(f"{measure}_eager")
-        found = [(i, n, row[f"{measure}_{n}"]) for i, n in enumerate(names) if whole and f"{measure}_{n}" in row]
-        made = [Bar(size / whole, f"{size / whole:.2f} × ({_mebibytes(size)}) {n}", i) for i, n, size in found]
-        cases.append((_label(row), made))
-    return [case for case in cases if case[1]]
+        if whole:
+            bars = [Bar(n / whole, f"{n / whole:.2f} × ({_size(n)}) {name}", name) for name, n in sizes.items() if n]
+            cases.append((_label(row), bars))
+    return cases
 
 
-def _mebibytes(size: float) -> str:
-    return f"{size / 2**20:.{1 if size < 2**27 else 0}f} MiB"
+def _size(size: float) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 2**10:.1f} KiB"
 
 
-def _tokens(rows: Sequence[Row]) -> list[tuple[str, list[Bar]]]:
-    prefix = "tokens_per_second"
-    names = ["pyllm", "eager", *report.peers(rows, prefix)]
-    return [
-        (
-            _label(row),
-            [Bar(row[f"{prefix}_{n}"], f"{row[f'{prefix}_{n}']:,.0f} {n}", i)
-             for i, n in enumerate(names) if f"{prefix}_{n}" in row],
-        )
-        for row in rows
-        if f"{prefix}_pyllm" in row
-    ]  # fmt: skip
+def _tokens(rows: Sequence[Row]) -> Cases:
+    cases = []
+    for row in rows:
+        measure = "tokens_per_second"
+        rates = {n: row.get(f"{measure}_{n}") for n in ("pyllm", "eager", *report.peers([row], measure))}
+        if rates["pyllm"]:
+            cases.append((_label(row), [Bar(rate, f"{rate:,.0f} {name}", name) for name, rate in rates.items()]))
+    return cases
 
 
-def _shares(rows: Sequence[Row]) -> list[tuple[str, list[Bar]]]:
+def _shares(rows: Sequence[Row]) -> Cases:
     shown = [row for row in rows if row.get("share")]
     return [(_label(row), [Bar(100 * row["share"], f"{100 * row['share']:.0f} %")]) for row in shown]
 
 
 def _figures(identity: str, rows: Sequence[Row]) -> Iterator[str]:
     kinds = (
-        ("Speed", "A peer's time over pyllm's; line: A/A spread", _speed(rows), 1.0, True),
+        ("Speed", "A peer's time over pyllm's, with the A/A spread", _speed(rows), 1.0, True),
         ("Peak memory", "Of what PyTorch eager takes at most during the call", _memory("peak_bytes", rows), 1.0, False),
         ("Kept for the backward", "Of what eager's forward leaves", _memory("saved_bytes", rows), 1.0, False),
         ("Tokens per second", "Padding does not count", _tokens(rows), None, False),
@@ -169,8 +166,7 @@ def _figures(identity: str, rows: Sequence[Row]) -> Iterator[str]:
     for index, (title, caption, cases, mark, logarithmic) in enumerate(kinds):
         if cases:
             drawn = charts.bars(f"{identity}-{index}", cases, mark, logarithmic)
-            told = f"<b>{title}.</b> {caption}. The numbers are in the table below."
-            yield f"<figure>{drawn}<figcaption>{told}</figcaption></figure>"
+            yield f"<figure><figcaption><b>{title}.</b> {caption}.</figcaption>{drawn}</figure>"
 
 
 # --- page ---
@@ -184,7 +180,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-si
 dd { margin: 0; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; max-width: 34rem; } figure svg { display: block; width: 100%; height: auto; }
-figcaption { font-size: .85rem; }
+figcaption { font-size: .9rem; margin-bottom: .3rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
@@ -234,7 +230,7 @@ def _table(machine: Machine) -> str:
         first, *others = (escape(text(row)) for text in shown.values())
         cells = f'<th scope="row">{first}</th>' + "".join(f"<td>{text}</td>" for text in others)
         lines.append(f'<tr class="red">{cells}</tr>' if "problem" in row else f"<tr>{cells}</tr>")
-    caption = f"<caption>{len(machine.rows)} rows, measured on {escape(str(machine))}</caption>"
+    caption = f"<caption>{len(machine.rows)} rows. {escape(str(machine))}</caption>"
     table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f'<div class="scroll" role="region" aria-label="All numbers" tabindex="0">{table}</div>'
 

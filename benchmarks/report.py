@@ -32,10 +32,11 @@ def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
         "A/A": lambda row: f"± {100 * row['spread']:.0f} %" if "spread" in row else "",
     }
     shown |= {f"vs {peer}": partial(_against, peer) for peer in peers(rows)}
-    shown["rate"] = lambda row: rate(row["rate"], row["rate_unit"]) if "rate_unit" in row and row.get("rate") else ""
-    shown["of limit"] = lambda row: f"{100 * row['share']:.0f} %" if row.get("share") else ""
-    if any("tokens_per_second_pyllm" in row for row in rows):
-        shown["tokens/s"] = lambda row: f"{row['tokens_per_second_pyllm']:,.0f}" if "spread" in row else ""
+    shown["rate"] = lambda row: rate(row["rate"], row["rate_unit"]) if {"rate", "rate_unit"} <= row.keys() else ""
+    shown["of limit"] = lambda row: f"{100 * row['share']:.0f} %" if "share" in row else ""
+    tokens = "tokens_per_second_pyllm"
+    if any(tokens in row for row in rows):
+        shown["tokens/s"] = lambda row: f"{row[tokens]:,.0f}" if tokens in row else ""
     shown["memory"] = partial(_memory, "peak_bytes")
     if any("saved_bytes_pyllm" in row for row in rows):
         shown["saved"] = partial(_memory, "saved_bytes")
