@@ -27,7 +27,7 @@ from pyllm.nn import DecoderLayer, EncoderLayer, Rotary
 from pyllm.reference import statistics_type
 
 HEAD_DIM = huggingface.HEAD_DIM
-PLANS = ("minimal", "recompute")  # what a layer keeps for its backward, besides the default
+PLANS = ("all", "minimal", "recompute")  # what a layer keeps for its backward
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,13 @@ class Layer:
         )
 
     def _planned(self, ours: Module, width: int, dropout: float, factory: dict) -> dict[str, Module]:
-        """The layer with the other memory plans, as far as it has them."""
+        """The layer with the other memory plans than the default, if it has any."""
+        own = next((module.save for module in ours.modules() if hasattr(module, "save")), None)
         planned = {}
         for plan in PLANS:
-            try:
-                module = self.make(width, dropout, save=plan, **factory)
-            except TypeError:
-                break
-            module.load_state_dict(ours.state_dict(keep_vars=True), assign=True)
-            planned[plan] = module
+            if own not in (None, plan):
+                planned[plan] = self.make(width, dropout, save=plan, **factory)
+                planned[plan].load_state_dict(ours.state_dict(keep_vars=True), assign=True)
         return planned
 
 

@@ -73,7 +73,7 @@ class PlainBlock(Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         hidden = self.ffn.linear1(x)
-        if self.ffn.activation_name == "swiglu":
+        if hidden.shape[-1] == 2 * self.ffn.linear2.in_features:  # Llama's
             gate, up = hidden.chunk(2, -1)
             hidden = F.silu(gate) * up
         else:

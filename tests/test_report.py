@@ -174,7 +174,7 @@ def test_the_page_is_seen(folder, browse, scheme):
     (folder / "page.html").write_text(html)
     (folder / "probe.html").write_text(html.replace("</body>", f"{PROBE}</body>"))
     options = ["--window-size=500,1600", *(["--force-dark-mode"] if scheme == "dark" else [])]
-    seen = json.loads(re.search(r"<body>(\{.*\})</body>", browse(*options, "--dump-dom", _url(folder, "probe")))[1])
+    seen = json.loads(re.search(r"<body>(\{.*\})\s*</body>", browse(*options, "--dump-dom", _url(folder, "probe")))[1])
     assert len(seen["charts"]) == html.count("<svg") >= 15
     assert all(width > 300 and height > 40 for width, height in seen["charts"])
     assert seen["bars"] > 60 and seen["rows"] == len(RESULTS) + 4 and seen["red"] == 1
