@@ -92,10 +92,10 @@ class BERT(Model):
 
 
 class EncoderDecoder(Model):
-    """Reads text of which a seventh is masked, and writes it as it was."""
+    """Post-norm; reads text of which a seventh is masked, and writes it as it was."""
 
     def make(self, nn: ModuleType, options: dict) -> None:
-        self.body = nn.Transformer(WIDTH, HEADS, DEPTH, DEPTH, 4 * WIDTH, norm_first=True, **options)
+        self.body = nn.Transformer(WIDTH, HEADS, DEPTH, DEPTH, 4 * WIDTH, **options)
 
     def forward(self, corrupted: Tensor, previous: Tensor) -> Tensor:
         masks = {"tgt_mask": self.causal, "tgt_is_causal": True}
