@@ -98,6 +98,11 @@ class use_backend:
         _override = self._before
 
 
+def asked() -> str | None:
+    """The backend that `use_backend` or PYLLM_BACKEND asks for, or None."""
+    return _override
+
+
 def unavailable(name: str, place: torch.device) -> str | None:
     """Why backend `name` cannot run on tensors of this device, or None if it can."""
     if name == "native":

@@ -148,7 +148,7 @@ def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def saved_bytes(forward: Callable, exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes of memory that the graph of forward() keeps for its backward, each storage once, without those of `exclude`.
+    """Bytes that the graph of forward() keeps for its backward, each storage once, without those of `exclude`.
 
     What a Function holds outside `save_for_backward` is not seen; pyllm's hold only numbers there.
     """

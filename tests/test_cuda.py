@@ -239,3 +239,17 @@ def test_caches_of_more_elements_than_32_bits_count(target):
         last = [cache[:, :, -seen:].contiguous() for cache in caches]
         alone = ops.attention_decode(query, *last, torch.full_like(lengths, seen))
     torch.testing.assert_close(whole, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_graphed_under_autocast_has_todays_weights(target, dtype):
+    module = pyllm.nn.TransformerEncoderLayer(64, 2, 128, 0.0, batch_first=True, device="cuda")
+    fast = pyllm.graphed(module)
+    x = torch.randn(2, 33, 64, device="cuda", requires_grad=True)
+    with use_backend(target[0]), torch.autocast("cuda", dtype):
+        fast(x)
+        with torch.no_grad():
+            module.linear1.weight.mul_(2.0)
+        actual = fast(x)
+    with use_backend(target[0]), torch.autocast("cuda", dtype):  # casts anew
+        torch.testing.assert_close(actual, module(x))

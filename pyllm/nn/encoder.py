@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
+from pyllm.nn.attention import MultiheadAttention
 from pyllm.nn.cache import KVCache
 from pyllm.nn.feedforward import FeedForward
-from pyllm.nn.attention import MultiheadAttention
 from pyllm.nn.memory import Source, check_plan
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.packing import Packing, pad, take

@@ -1,8 +1,8 @@
 """The memory plan of a layer: what its forward keeps for the backward, and what the backward makes again.
 
 "all" keeps every intermediate result. "minimal" makes norm outputs (from the norm's input) and activations (from the
-pre-activation) again: a pass over memory each. "recompute" makes the pre-activation of the feed-forward again too, which
-is a matrix product. Dropout is a function of its seed, so whatever is made again is the same to the bit.
+pre-activation) again: a pass over memory each. "recompute" makes the pre-activation of the feed-forward again too,
+which is a matrix product. Dropout is a function of its seed, so whatever is made again is the same to the bit.
 
 In units of tokens * d_model elements, a post-norm layer with a feed-forward of 4 d_model keeps 16, 11 and 7: its input,
 queries, keys, values and attention's output (5), the sums that are normed (2), the pre-activation (4), norm output and

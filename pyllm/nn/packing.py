@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 class Packing:
     """Where the T tokens of a padded batch were.
 
-    indices (T,) int64: of each token among the B * S rows of the batch, sequence by sequence. cu_seqlens (B + 1,) int32:
-    sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1, as `pyllm.ops.attention_varlen` takes it.
+    indices (T,) int64: of each token among the B * S rows of the batch, sequence by sequence. cu_seqlens (B + 1,)
+    int32: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1, as `pyllm.ops.attention_varlen` takes it.
     positions (T,) int64: of each token in its padded sequence. shape: (B, S), or (S, B) unless batch_first.
     """
 
@@ -48,7 +48,7 @@ class Packing:
 
 
 def unpad(x: Tensor, key_padding_mask: Tensor, batch_first: bool = True) -> tuple[Tensor, Packing]:
-    """The tokens (T, ...) of x (B, S, ...), or (S, B, ...) unless batch_first, that are not padding, and where they were.
+    """The tokens (T, ...) of x (B, S, ...), or (S, B, ...) unless batch_first, that are not padding, and their places.
 
     key_padding_mask (B, S) bool: True = padding, anywhere. `pad` is the inverse. Raises TypeError or ValueError for a
     mask that does not fit.
@@ -65,7 +65,7 @@ def take(x: Tensor, packing: Packing) -> Tensor:
 
 
 def pad(tokens: Tensor, packing: Packing) -> Tensor:
-    """tokens (T, ...) in their places in a batch (B, S, ...), or (S, B, ...), of zeros. Raises ValueError for another T."""
+    """tokens (T, ...) in their places in a batch (B, S, ...), or (S, B, ...), of zeros; ValueError for another T."""
     if tokens.shape[:1] != packing.indices.shape:
         raise ValueError(f"tokens must have {len(packing.indices)} rows, got {tuple(tokens.shape)}")
     rows = packing.shape[0] * packing.shape[1]
