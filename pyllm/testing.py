@@ -6,7 +6,7 @@ DRAWS inputs: the ones given, and the same with every element shrunk by a random
 problem and draws all roundings anew. No tolerance is picked by hand.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -145,23 +145,3 @@ def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
         name: t.detach().to(dtype).requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
         for name, t in inputs.items()
     }
-
-
-def saved_bytes(forward: Callable, exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes that the graph of forward() keeps for its backward, each storage once, without those of `exclude`.
-
-    What a Function holds outside `save_for_backward` is not seen; pyllm's hold only numbers there.
-    """
-    known = {t.untyped_storage().data_ptr() for t in exclude}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = forward()
-    del outputs
-    return sum(storage.nbytes() for storage in kept.values())
