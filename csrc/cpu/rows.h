@@ -24,18 +24,20 @@ inline const C* parameter(const Array& p, int64_t n) {
   return converted;
 }
 
-// body(i, count, keep) for each vector of a row of n, with what dropout multiplies it by. The random numbers of the row
-// are made first: calls that follow one another hide each other's latency. (The dropout comes by value, since what is
-// stored might otherwise be it.)
+// body(i, count, keep) for each vector of a row of n, with what dropout multiplies it by. (By value: what is stored
+// might otherwise be the dropout.)
 template <class C, class Body>
 [[gnu::always_inline]] inline void for_dropped_vectors(Dropout dropout, int64_t row, int64_t n, Body&& body) {
   if (!dropout)
     return for_vectors<C>(n, [&](int64_t i, int count) __attribute__((always_inline)) { body(i, count, splat(C{1})); });
-  uint16_t* random = scratch<uint16_t>(n + kPhiloxColumns);
-  for (int64_t column = 0; column < n; column += kPhiloxColumns)
-    random_bits(dropout, 0, static_cast<uint32_t>(row), column, random + column);
-  for_vectors<C>(n, [&](int64_t i, int count)
-                        __attribute__((always_inline)) { body(i, count, keep_factor<C>(dropout, random + i)); });
+  alignas(64) uint16_t random[kPhiloxColumns];
+  for (int64_t column = 0; column < n; column += kPhiloxColumns) {
+    random_bits(dropout, 0, static_cast<uint32_t>(row), column, random);
+    const int64_t columns = n - column < kPhiloxColumns ? n - column : kPhiloxColumns;
+    for_vectors<C>(columns, [&](int64_t i, int count) __attribute__((always_inline)) {
+      body(column + i, count, keep_factor<C>(dropout, random + i));
+    });
+  }
 }
 
 // Sums over the rows of a chunk, column by column: over few rows first, then over those, so that the error grows with
