@@ -91,8 +91,8 @@ def test_the_incoming_gradient_is_left_alone(target):
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
 def test_gradcheck(target, interleaved):
     backend, device = target
-    cos, sin = (t.double() for t in tables_of(2, 3, 2, device=device))
-    x = randn(2, 2, 3, 5, dtype=torch.float64, device=device)
+    cos, sin = (t.double() for t in tables_of(2, 2, 1, device=device))
+    x = randn(2, 1, 2, 3, dtype=torch.float64, device=device)
     with use_backend(backend):
         assert torch.autograd.gradcheck(lambda x: ops.rotary(x, cos, sin, interleaved=interleaved), x)
         assert torch.autograd.gradcheck(lambda x: ops.rotary_(x * 1, cos, sin, interleaved=interleaved), x)
