@@ -1,5 +1,6 @@
-"""Every benchmark, by name."""
+"""Every benchmark, by name, and groups of them."""
 
-from pyllm.benchmarks import attention, layers, norm, softmax
+from pyllm.benchmarks import activation, attention, layers, norm, rotary, softmax
 
-BENCHMARKS = {b.name: b for m in (norm, softmax, attention, layers) for b in m.BENCHMARKS}
+BENCHMARKS = {b.name: b for m in (norm, softmax, activation, rotary, attention, layers) for b in m.BENCHMARKS}
+GROUPS = {"all": tuple(BENCHMARKS.values()), "layers": layers.BENCHMARKS}

@@ -30,6 +30,16 @@ STABLE_TORCH_LIBRARY(pyllm, m) {
   m.def("softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
   m.def("log_softmax_fwd(Tensor x, Tensor? attn_mask, float scale, bool is_causal) -> Tensor");
   m.def("log_softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
+  m.def("activation_fwd(Tensor x, Tensor? up, Tensor? bias, Tensor? rng, float dropout_p, str kind) -> Tensor");
+  m.def(
+      "activation_bwd(Tensor dy, Tensor x, Tensor? up, Tensor? bias, Tensor? rng, float dropout_p, str kind)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("dropout_add_fwd(Tensor x, Tensor residual, Tensor? bias, Tensor? rng, float dropout_p) -> Tensor");
+  m.def(
+      "dropout_add_bwd(Tensor dy, Tensor? bias, Tensor? rng, float dropout_p, ScalarType x_dtype)"
+      " -> (Tensor, Tensor)");
+  m.def("rotary_fwd(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor");
+  m.def("rotary_inplace_fwd(Tensor(a0!) x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()");
   m.def("attention_fwd(" PYLLM_ATTENTION_CALL ") -> (Tensor, Tensor)");
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool mask_gradient, bool bias_gradient,"
@@ -39,4 +49,24 @@ STABLE_TORCH_LIBRARY(pyllm, m) {
       " Tensor? block_table, Tensor? key, Tensor? value, Tensor? cos, Tensor? sin, Tensor? distance_bias,"
       " Tensor? alibi_slopes, float scale, float softcap, SymInt left, SymInt right, bool interleaved)"
       " -> (Tensor, Tensor)");
+  m.def(
+      "cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, Tensor? scale, SymInt ignore_index,"
+      " float label_smoothing, float z_loss, bool gradient) -> (Tensor, Tensor)");
+  m.def(
+      "cross_entropy_inplace_fwd(Tensor(a0!) logits, Tensor target, Tensor? weight, Tensor? scale, SymInt ignore_index,"
+      " float label_smoothing, float z_loss) -> Tensor");
+  m.def("cross_entropy_bwd(Tensor(a0!) gradient, Tensor factor) -> ()");
+  m.def("cross_entropy_shard_fwd(Tensor(a0!) statistics, Tensor logits, Tensor target, SymInt first) -> ()");
+  m.def("cross_entropy_shard_bwd(Tensor(a0!) logits, Tensor coefficients, Tensor target, SymInt first) -> ()");
+  // Composed of those above and of matrix products, in pyllm/ops/linear_cross_entropy.py.
+  m.def(
+      "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? scale,"
+      " SymInt ignore_index, float label_smoothing, float z_loss, bool[] wanted, SymInt memory)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy_shard_fwd(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, SymInt first,"
+      " SymInt memory) -> Tensor");
+  m.def(
+      "linear_cross_entropy_shard_bwd(Tensor coefficients, Tensor hidden, Tensor weight, Tensor target, Tensor? bias,"
+      " SymInt first, bool[] wanted, SymInt memory) -> (Tensor, Tensor, Tensor)");
 }

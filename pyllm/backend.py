@@ -98,6 +98,11 @@ class use_backend:
         _override = self._before
 
 
+def asked() -> str | None:
+    """The backend that `use_backend` or PYLLM_BACKEND asks for, or None."""
+    return _override
+
+
 def unavailable(name: str, place: torch.device) -> str | None:
     """Why backend `name` cannot run on tensors of this device, or None if it can."""
     if name == "native":
@@ -120,8 +125,11 @@ def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     return {name: unavailable(name, torch.device(device)) for name in BACKENDS}
 
 
-def select(op: Operator, tensor: Tensor, *args, part: str = "run") -> Callable:
-    """The callable that serves op(tensor, *args), or a part of it. Raises CannotRun if the backend asked for cannot."""
+def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool = True) -> Callable:
+    """The callable that serves op(tensor, *args), or a part of it. record: whether that is a call, for `explain`.
+
+    Raises CannotRun if the backend asked for cannot.
+    """
     device = "cpu" if tensor.is_cpu else tensor.device  # a string's hash is at hand
     for width, elements, candidates in _plan(op.name, device, tensor.dtype, is_grad_enabled(), _override):  # noqa: B007
         if not (elements or width) or (tensor.numel() >= elements and tensor.shape[-1] >= width):
@@ -133,7 +141,7 @@ def select(op: Operator, tensor: Tensor, *args, part: str = "run") -> Callable:
             if implementation.unfit is not None:
                 why = implementation.unfit(tensor, *args)
             if why is None:
-                if _recording is not None:
+                if _recording is not None and record:
                     _record(op, name, "; ".join([reason, *refusals]), tensor, *args)
                 return getattr(implementation, part)
         refusals.append(f"backend {name!r} cannot run {op.name}: {why}")

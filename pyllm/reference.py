@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
@@ -95,7 +96,7 @@ def add_layer_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """z = residual + dropout(x + x_bias), in residual's dtype; returns (layer_norm(z), z)."""
-    z = _add_branch(x, residual, x_bias, rng, dropout_p)
+    z = dropout_add(x, residual, x_bias, rng, dropout_p)
     return layer_norm(z, weight, bias, eps), z
 
 
@@ -109,13 +110,39 @@ def add_rms_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """z = residual + dropout(x + x_bias), in residual's dtype; returns (rms_norm(z), z)."""
-    z = _add_branch(x, residual, x_bias, rng, dropout_p)
+    z = dropout_add(x, residual, x_bias, rng, dropout_p)
     return rms_norm(z, weight, eps), z
 
 
-def _add_branch(x: Tensor, residual: Tensor, x_bias: Tensor | None, rng: Tensor | None, dropout_p: float) -> Tensor:
-    branch = x if x_bias is None else x + x_bias
-    return (residual + dropout(branch, rng, dropout_p)).to(residual.dtype)
+GATED = {"reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}  # (Shazeer, 2020)
+
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def activation(
+    x: Tensor, up: Tensor | None, bias: Tensor | None, rng: Tensor | None, dropout_p: float, kind: str
+) -> Tensor:
+    """dropout(act(x + bias)), or for a kind in GATED dropout(act(x) * up).
+
+    Without up, a gated x (..., 2N) holds both side by side, x first, and is added the bias (2N,).
+    """
+    h = x if bias is None else x + bias
+    if kind in GATED:
+        gate, up = h.chunk(2, -1) if up is None else (h, up)
+        y = _ACTIVATIONS[GATED[kind]](gate) * up
+    else:
+        y = _ACTIVATIONS[kind](h)
+    return dropout(y, rng, dropout_p).to(x.dtype)
+
+
+def dropout_add(x: Tensor, residual: Tensor, bias: Tensor | None, rng: Tensor | None, dropout_p: float) -> Tensor:
+    """residual + dropout(x + bias), in residual's dtype."""
+    return (residual + dropout(x if bias is None else x + bias, rng, dropout_p)).to(residual.dtype)
 
 
 def softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
@@ -129,6 +156,42 @@ def log_softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bo
     lse = probabilities(scores)[1]
     kept = scores != -math.inf
     return torch.where(kept, torch.where(kept, scores, 0.0) - torch.where(lse != -math.inf, lse, 0.0), -math.inf)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+) -> Tensor:
+    """-log softmax(logits) (..., V) at target (...), as in PyTorch, + z_loss * log-sum-exp^2; 0 where it is ignored.
+
+    Label smoothing e mixes (1 - e) of the target's class with e / V of every one; weight (V) multiplies each class's
+    part. The mean divides by the sum of the targets' weights, or by the number of those that are not ignored.
+    """
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0)
+    losses = -torch.log_softmax(logits, -1)
+    if weight is not None:
+        losses = losses * weight
+    loss = (1 - label_smoothing) * losses.gather(-1, index[..., None]).squeeze(-1) if index.numel() else losses.sum(-1)
+    if label_smoothing:
+        loss = loss + label_smoothing / logits.shape[-1] * losses.sum(-1)
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square()
+    loss = torch.where(kept, loss, 0.0)
+    if reduction == "mean":
+        return loss.sum() / (kept if weight is None else torch.where(kept, weight[index], 0.0)).sum()
+    return loss.sum() if reduction == "sum" else loss
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options) -> Tensor:
+    """Cross-entropy of the logits hidden (..., D) weight (V, D)^T + bias (V) at target (...); options as there."""
+    logits = hidden @ weight.mT
+    return cross_entropy(logits if bias is None else logits + bias, target, None, *options)
 
 
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:

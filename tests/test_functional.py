@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pyllm.nn
 import pyllm.nn.functional as PF
 from pyllm import use_backend
 from pyllm.testing import assert_within_budget
@@ -24,6 +25,7 @@ def assert_parity(name, arguments, **options):
             for t in arguments
         ]
         given = options | {"dtype": dtype} if dtype and "dtype" in options else options
+        given = {n: o.to(dtype or o.dtype) if isinstance(o, torch.Tensor) else o for n, o in given.items()}
         out = getattr(module, name)(*leaves, **given)
         wanted = [t for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
         cotangent = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(out)
@@ -198,3 +200,54 @@ def test_errors_are_torchs(call):
 def test_signatures(name):
     ours, theirs = (inspect.signature(getattr(module, name)).parameters.values() for module in (PF, F))
     assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (3, 7, 4), (2, 7, 3, 5), (0, 7, 2)], ids=str)
+def test_cross_entropy_has_classes_in_dimension_1(shape, reduction):
+    index = torch.randint(7, (shape[0], *shape[2:]) if len(shape) > 1 else ())
+    if index.numel() > 1:
+        index.view(-1)[1] = 3
+    elif not index.numel() and reduction == "mean":
+        assert PF.cross_entropy(torch.zeros(shape), index).isnan()
+        return
+    for smoothing in (0.0, 0.2):
+        options = {"ignore_index": 3, "label_smoothing": smoothing, "reduction": reduction}
+        assert_parity("cross_entropy", [torch.randn(shape), index], weight=torch.rand(7), **options)
+
+
+def test_cross_entropy_of_old_arguments_probabilities_and_bytes():
+    logits, index = torch.randn(5, 7), torch.randint(7, (5,))
+    for old in ({"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}):
+        with pytest.warns(UserWarning, match="size_average and reduce"):
+            assert_parity("cross_entropy", [logits, index], **old)
+    assert_parity("cross_entropy", [logits, torch.rand(5, 7).softmax(-1).detach()])
+    assert_parity("cross_entropy", [logits, index.byte()])
+    module, plain = (m.CrossEntropyLoss(torch.rand(7).fill_(0.5), label_smoothing=0.1) for m in (pyllm.nn, torch.nn))
+    torch.testing.assert_close(module(logits, index), plain(logits, index))
+    assert module.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"target": torch.zeros(4, dtype=torch.int64)},
+        {"target": torch.zeros(5, 7, dtype=torch.int64)},
+        {"target": torch.zeros(5, dtype=torch.int32)},
+        {"target": torch.full((5,), 7)},
+        {"input": torch.zeros(5, 7, dtype=torch.int64)},
+        {"weight": torch.ones(6)},
+        {"weight": torch.ones(7, requires_grad=True)},
+        {"label_smoothing": 2.0},
+        {"reduction": "average"},
+    ],
+    ids=str,
+)
+def test_cross_entropy_raises_what_torch_raises(arguments):
+    given = {"input": torch.randn(5, 7, requires_grad=True), "target": torch.zeros(5, dtype=torch.int64), **arguments}
+    raised = []
+    for module in (F, PF):
+        with pytest.raises(Exception) as problem:
+            module.cross_entropy(**given)
+        raised.append(problem.type)
+    assert raised[0] is raised[1]

@@ -7,8 +7,6 @@ from conftest import TARGETS
 import pyllm
 from pyllm import ops
 from pyllm.backend import use_backend
-from pyllm.ops._registration import draw_rng
-from pyllm.ops.norm import add_norm_gradient, add_norm_value, norm_gradient, norm_value
 from pyllm.reference import dropout_keep
 from pyllm.testing import DTYPES, check, evaluate, randn
 
@@ -173,68 +171,6 @@ def test_gradcheck(target, name):
     tensors = (x, residual, weight, bias, x_bias) if name.startswith("add") else (x, weight, bias)
     with use_backend(backend):
         assert torch.autograd.gradcheck(run, tensors)
-
-
-class Whole(torch.autograd.Function):
-    """A norm after another that adds, as an autograd function of more than one operator has them."""
-
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, x_bias, dropout_p, rms):
-        rng = draw_rng(x, dropout_p)
-        y, z, *statistics = add_norm_value(x, residual, weight, bias, x_bias, rng, dropout_p, EPS, rms)
-        last, *more = norm_value(y, weight, bias, EPS, rms)
-        ctx.save_for_backward(y, z, weight, bias, x_bias, *statistics, *more, rng)
-        ctx.options = (dropout_p, x.dtype, rms)
-        return last, z
-
-    @staticmethod
-    def backward(ctx, dlast, dz):
-        y, z, weight, bias, x_bias, mean, rstd, last_mean, last_rstd, rng = ctx.saved_tensors
-        dy, *last = norm_gradient(dlast, y, weight, bias, last_mean, last_rstd, ctx.options[-1])
-        dx, dresidual, dweight, dbias, dx_bias = add_norm_gradient(
-            dy, dz, z, weight, bias, x_bias, mean, rstd, rng, *ctx.options
-        )
-        dweight, dbias = (None if a is None else a + b for a, b in zip((dweight, dbias), last, strict=True))
-        return dx, dresidual, dweight, dbias, dx_bias, None, None
-
-
-def whole(name, p, parts: bool):
-    """The same function by its parts outside autograd, or by the public operators."""
-
-    def run(x, residual, weight, bias=None, x_bias=None):
-        if parts:
-            return Whole.apply(x, residual, weight, bias, x_bias, p, "rms" in name)
-        y, z = added(name, p)(x, residual, weight, bias, x_bias)
-        return plain(name.removeprefix("add_"))(y, weight, bias), z
-
-    return run
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
-@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
-def test_parts_outside_autograd(target, name, dtypes):
-    backend, device = target
-    p = 0.0 if backend == "torch" else 0.3
-    x, residual = (randn(3, 5, 63, dtype=d, device=device) for d in dtypes)
-    inputs = {"x": x, "residual": residual, **parameters(63, dtypes[1], device, name)}
-    for some in (inputs, {**inputs, "x_bias": randn(63, dtype=dtypes[0], device=device)}):
-        run = iter([whole(name, p, parts=True)])  # by the backend under test; what it should be comes from autograd
-        with use_backend(backend):  # in the backward too
-            check(lambda run=run, **tensors: next(run, whole(name, p, parts=False))(**tensors), some, backend)
-
-
-@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
-def test_parts_compile_whole(target, name):
-    backend, device = target
-    run = whole(name, 0.0 if backend == "torch" else 0.3, parts=True)
-    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows in (3, 8):
-        x, residual, weight = (randn(*shape, device=device) for shape in ((rows, 24), (rows, 24), (24,)))
-        inputs = {"x": x, "residual": residual, "weight": weight, "x_bias": randn(24, device=device)}
-        with use_backend(backend):  # in the backward too
-            eager, traced = (evaluate(function, inputs, backend) for function in (run, compiled))
-        for a, b in zip(eager[0] + eager[1], traced[0] + traced[1], strict=True):
-            assert torch.equal(a, b)
 
 
 BAD = [

@@ -5,17 +5,21 @@ from pyllm.nn.attention import MultiheadAttention
 from pyllm.nn.cache import KVCache
 from pyllm.nn.decoder import DecoderLayer, TransformerDecoder, TransformerDecoderLayer
 from pyllm.nn.encoder import EncoderLayer, TransformerEncoder, TransformerEncoderLayer
+from pyllm.nn.loss import CrossEntropyLoss
 from pyllm.nn.norm import LayerNorm, RMSNorm, Softmax
+from pyllm.nn.packing import Packing, pad, unpad
 from pyllm.nn.positions import LearnedPositions, RelativePositionBias, Rotary, SinusoidalPositions, alibi_slopes
 from pyllm.nn.transformer import Transformer
 
 __all__ = [
+    "CrossEntropyLoss",
     "DecoderLayer",
     "EncoderLayer",
     "KVCache",
     "LayerNorm",
     "LearnedPositions",
     "MultiheadAttention",
+    "Packing",
     "RMSNorm",
     "RelativePositionBias",
     "Rotary",
@@ -28,4 +32,6 @@ __all__ = [
     "TransformerEncoderLayer",
     "alibi_slopes",
     "functional",
+    "pad",
+    "unpad",
 ]

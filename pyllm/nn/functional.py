@@ -95,6 +95,31 @@ def _along(name, operator, input, dim, stacklevel, dtype) -> Tensor:
     return _call(operator, input, dim)
 
 
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """torch.nn.functional.cross_entropy: input (C), (N, C) or (N, C, d1, ...), class indices (), (N) or (N, d1, ...).
+
+    Class probabilities as target, and what does not fit, go to torch's own function.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    torch.nn._reduction.get_enum(reduction)  # raises torch's error
+    logits = input.movedim(1, -1) if input.dim() > 2 else input
+    if target.dtype != torch.int64 or not input.is_floating_point() or target.shape != logits.shape[:-1]:
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return F.cross_entropy(input, target, weight, **options)
+    options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    return _call(ops.cross_entropy, logits, target, reduction=reduction, **options)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

@@ -17,6 +17,7 @@ from pyllm import _library
 from pyllm.backend import Implementation
 
 _triton = torch.library.Library("pyllm_triton", "FRAGMENT")
+_native = torch.library.Library("pyllm", "IMPL")
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,23 @@ class Kernel:
     triton: OpOverload
 
 
-def kernel(module: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Kernel]:
+def kernel(module: str | Callable, mutates: Sequence[str] = ()) -> Callable[[Callable], Kernel]:
     """Registers the decorated fake implementation, whose annotations are the schema, and the kernel of its name.
 
     `*args: Call`, where Call is a NamedTuple, stands for its fields.
     mutates: the arguments that it writes to. The Triton launcher is `pyllm.kernels.<module>.<name>`, imported at the
-    first call.
+    first call. Where the operator is composed of others, `module` is the function that calls them, on every backend: it
+    gets the namespace that has the backend's operators, and the arguments.
     """
+    composed = callable(module)
 
     def register(fake: Callable) -> Kernel:
         name = fake.__name__
         fake.__signature__ = _with_fields(inspect.signature(fake))
 
         def launch(*args):
+            if composed:
+                return module(torch.ops.pyllm_triton, *args)
             return getattr(importlib.import_module(f"pyllm.kernels.{module}"), name)(*args)
 
         _triton.define(name + torch.library.infer_schema(fake, mutates_args=mutates))
@@ -48,6 +53,8 @@ def kernel(module: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Ker
         torch.library.register_fake(f"pyllm_triton::{name}", fake)
         native = None
         if _library.error is None:
+            if composed:  # of operators that there are for the CPU alone
+                _native.impl(name, lambda *args: module(torch.ops.pyllm, *args), "CPU")
             torch.library.register_fake(f"pyllm::{name}", fake)
             native = getattr(torch.ops.pyllm, name).default
         return Kernel(native, getattr(torch.ops.pyllm_triton, name).default)
@@ -90,21 +97,38 @@ def draw_rng(tensor: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=tensor.device)
 
 
+def no_dropout(position: int) -> Callable[..., str | None]:
+    """Implementation.unfit of PyTorch's own kernels; position: where dropout_p is among the operator's arguments."""
+
+    def unfit(*args) -> str | None:
+        return "its dropout mask would differ from the other backends'" if args[position] != 0.0 else None
+
+    return unfit
+
+
+def gradient_of(x: Tensor, parameter: Tensor | None) -> Tensor:
+    """What a fake backward returns for a parameter: its shape and dtype, or (0,) where there is no parameter."""
+    return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
+
+
+def if_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
+    """The gradient that a backward kernel returned for an argument, None where there is no argument."""
+    return None if argument is None else gradient
+
+
 def on_kernels(
-    make: Callable[[OpOverload, OpOverload], Implementation],
-    fwd: Kernel,
-    bwd: Kernel,
-    tiles: Callable[..., str] | None = None,
+    make: Callable[..., Implementation], *kernels: Kernel, tiles: Callable[..., str] | None = None
 ) -> dict[str, Implementation]:
     """The implementations of an operator on its registered kernels, one for each kernel backend that there is.
 
-    tiles(backend, *arguments of the operator) tells the tile sizes; without it the kernel takes whole rows.
+    make takes the overloads of the kernels, of which the first names the operator. tiles(backend, *arguments of the
+    operator) tells the tile sizes; without it the kernel takes whole rows.
     """
-    pairs = {"native": (fwd.native, bwd.native), "triton": (fwd.triton, bwd.triton)}
+    by_backend = {name: [getattr(k, name) for k in kernels] for name in ("native", "triton")}
     return {
-        name: replace(make(*pair), kernel=named_kernel(name, pair[0], tiles))
-        for name, pair in pairs.items()
-        if None not in pair
+        name: replace(make(*overloads), kernel=named_kernel(name, overloads[0], tiles))
+        for name, overloads in by_backend.items()
+        if None not in overloads
     }
 
 

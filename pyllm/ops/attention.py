@@ -414,7 +414,7 @@ def _reference(*args):
 
 ATTENTION = Operator(
     "attention",
-    on_kernels(_on, attention_fwd, attention_bwd, _tiles)
+    on_kernels(_on, attention_fwd, attention_bwd, tiles=_tiles)
     | {
         "torch": Implementation(_sdpa, _unfit_for_sdpa, kernel="scaled_dot_product_attention"),
         "reference": Implementation(_reference, fused=False),

@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
     x, weight = full_precision(x, weight)
     _check_row("rms_norm", x, weight)
     if eps is None:
-        eps = _default_eps(x.dtype)
+        eps = default_eps(x.dtype)
     return select(RMS_NORM, x, weight, None, eps)(x, weight, None, eps)
 
 
@@ -75,77 +75,13 @@ def add_rms_norm(
     """z = residual + dropout(x + x_bias); returns (rms_norm(z), z). Arguments as in `add_layer_norm` and `rms_norm`."""
     _check_add("add_rms_norm", x, residual, weight, None, dropout_p, x_bias)
     if eps is None:
-        eps = _default_eps(residual.dtype)
+        eps = default_eps(residual.dtype)
     args = (x, residual, weight, None, x_bias, draw_rng(x, dropout_p), dropout_p, eps)
     return select(ADD_RMS_NORM, *args)(*args)
 
 
-# --- forward and backward outside autograd, of checked arguments, on the backend that is the choice at the call ---
-
-
-def norm_value(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(y, mean, rstd), the statistics (M,) for M rows; rms: of rms_norm, which has no bias and no mean."""
-    args = (x, weight, bias, eps)
-    with torch.no_grad():
-        return select(RMS_NORM if rms else LAYER_NORM, *args, part="value")(*args)
-
-
-def norm_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    rms: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias), None for a parameter that is None."""
-    with torch.no_grad():
-        gradient = select(RMS_NORM if rms else LAYER_NORM, x, weight, bias, 0.0, part="gradient")
-        return gradient(dy, x, weight, bias, mean, rstd)
-
-
-def add_norm_value(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(y, z, mean, rstd) of add_layer_norm or add_rms_norm; rng is None without dropout."""
-    args = (x, residual, weight, bias, x_bias, rng, dropout_p, eps)
-    with torch.no_grad():
-        return select(ADD_RMS_NORM if rms else ADD_LAYER_NORM, *args, part="value")(*args)
-
-
-def add_norm_gradient(
-    dy: Tensor,
-    dz: Tensor | None,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    rng: Tensor | None,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dresidual, dweight, dbias, dx_bias), None for a parameter that is None; dx may be dresidual itself."""
-    op = ADD_RMS_NORM if rms else ADD_LAYER_NORM
-    with torch.no_grad():
-        gradient = select(op, z, z, weight, bias, x_bias, rng, dropout_p, 0.0, part="gradient")
-        return gradient(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype)
-
-
-def _default_eps(dtype: torch.dtype) -> float:
+def default_eps(dtype: torch.dtype) -> float:
+    """What eps=None stands for in rms_norm, as in torch."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
@@ -307,7 +243,7 @@ def _norm(value: Callable, gradient: Callable) -> Implementation:
             return apply(Norm, x, weight, bias, eps)
         return value(x, weight, bias, eps)[0]
 
-    return Implementation(run, value=value, gradient=gradient)
+    return Implementation(run)
 
 
 def _layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
@@ -352,7 +288,7 @@ def _add_norm(value: Callable, gradient: Callable) -> Implementation:
             return apply(AddNorm, x, residual, weight, bias, x_bias, rng, dropout_p, eps)
         return value(x, residual, weight, bias, x_bias, rng, dropout_p, eps)[:2]
 
-    return Implementation(run, value=value, gradient=gradient)
+    return Implementation(run)
 
 
 def _add_layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
@@ -384,48 +320,6 @@ def _where(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
 
 
 # --- the same of PyTorch's calls ---
-
-
-def _composed(norm: Callable, rms: bool, **options) -> Implementation:
-    def value(x, weight, bias, eps):
-        return norm(x, weight, bias, eps), *_statistics(x, eps, rms)
-
-    def gradient(dy, x, weight, bias, mean, rstd):
-        return _composed_gradient(dy, None, x, weight, bias, None, mean, rstd, None, 0.0, x.dtype)[1:4]
-
-    return Implementation(norm, value=value, gradient=gradient, **options)
-
-
-def _composed_add(add_norm: Callable, rms: bool, unfit: Callable | None = None) -> Implementation:
-    def value(*args):
-        y, z = add_norm(*args)
-        return y, z, *_statistics(z, args[-1], rms)
-
-    return Implementation(add_norm, unfit, fused=False, value=value, gradient=_composed_gradient)
-
-
-def _statistics(z: Tensor, eps: float, rms: bool) -> tuple[Tensor | None, Tensor]:
-    z = z.to(statistics_type(z))
-    mean = z.mean(-1, keepdim=True)
-    square = (z if rms else z - mean).square().mean(-1)
-    return None if rms else mean.flatten(), torch.rsqrt(square + eps).flatten()
-
-
-def _composed_gradient(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype):
-    """By formula, since a trace cannot follow a call of autograd."""
-    g, xhat, rstd = dy.to(rstd.dtype), z.to(rstd.dtype), rstd.view(*z.shape[:-1], 1)
-    xhat = (xhat if mean is None else xhat - mean.view(rstd.shape)) * rstd
-    scaled = g if weight is None else g * weight
-    gradient = scaled - xhat * (scaled * xhat).mean(-1, keepdim=True)
-    if mean is not None:
-        gradient = gradient - scaled.mean(-1, keepdim=True)
-    gradient = gradient * rstd
-    if dz is not None:
-        gradient = gradient + dz
-    dx = reference.dropout(gradient, rng, dropout_p)
-    sums = ((g * xhat, weight), (g, bias), (dx, x_bias))
-    parameters = (None if p is None else t.sum_to_size(p.shape).to(p.dtype) for t, p in sums)
-    return dx.to(x_dtype), gradient.to(z.dtype), *parameters
 
 
 def _torch_layer_norm(x, weight, bias, eps):
@@ -462,31 +356,31 @@ LAYER_NORM = Operator(
     "layer_norm",
     on_kernels(_layer_norm_on, layer_norm_fwd, layer_norm_bwd)
     | {
-        "torch": _composed(_torch_layer_norm, False),
-        "reference": _composed(reference.layer_norm, False, fused=False),
+        "torch": Implementation(_torch_layer_norm),
+        "reference": Implementation(reference.layer_norm, fused=False),
     },
 )
 RMS_NORM = Operator(
     "rms_norm",
     on_kernels(_rms_norm_on, rms_norm_fwd, rms_norm_bwd)
     | {
-        "torch": _composed(_torch_rms_norm, True, fused=False),
-        "reference": _composed(_reference_rms_norm, True, fused=False),
+        "torch": Implementation(_torch_rms_norm, fused=False),
+        "reference": Implementation(_reference_rms_norm, fused=False),
     },
 )
 ADD_LAYER_NORM = Operator(
     "add_layer_norm",
     on_kernels(_add_layer_norm_on, add_layer_norm_fwd, add_layer_norm_bwd)
     | {
-        "torch": _composed_add(_torch_add(_torch_layer_norm), False, _no_dropout),
-        "reference": _composed_add(reference.add_layer_norm, False),
+        "torch": Implementation(_torch_add(_torch_layer_norm), _no_dropout, fused=False),
+        "reference": Implementation(reference.add_layer_norm, fused=False),
     },
 )
 ADD_RMS_NORM = Operator(
     "add_rms_norm",
     on_kernels(_add_rms_norm_on, add_rms_norm_fwd, add_rms_norm_bwd)
     | {
-        "torch": _composed_add(_torch_add(_torch_rms_norm), True, _no_dropout),
-        "reference": _composed_add(_reference_add_rms_norm, True),
+        "torch": Implementation(_torch_add(_torch_rms_norm), _no_dropout, fused=False),
+        "reference": Implementation(_reference_add_rms_norm, fused=False),
     },
 )
