@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pyllm.backend import CannotRun, unavailable, use_backend
-from pyllm.benchmarks import activation, attention, norm, rotary, softmax
+from pyllm.benchmarks import activation, attention, cross_entropy, norm, rotary, softmax
 from pyllm.benchmarks.measure import Benchmark, Case, staged
 
 KERNEL_BACKENDS = ("native", "triton")
 BENCHMARKS: tuple[Benchmark, ...] = tuple(
-    b for module in (norm, softmax, activation, rotary, attention) for b in module.BENCHMARKS
+    b for module in (norm, softmax, activation, rotary, cross_entropy, attention) for b in module.BENCHMARKS
 )
 # By the number of sizes: odd widths, which misalign rows, and rows that several blocks share; tiles with a remainder.
 EDGES = {

@@ -175,6 +175,12 @@ def softmaxes(run: Run) -> Report:
     return _measured(run, planned, ROW_PEERS)
 
 
+def losses(run: Run) -> Report:
+    planned = _cases("cross_entropy", [(4096, 32000), (4096, 128256)], directions=("forward", "both"))
+    planned += _cases("linear_cross_entropy", [(4096, 768, 32000), (8192, 4096, 128256)], directions=("both",))
+    return _measured(run, planned, ("compile", "triton", "chunked"))
+
+
 def attention_64(run: Run) -> Report:
     return _attention(run, 64)
 
@@ -284,7 +290,7 @@ def _measured(
 PARTS: dict[str, Callable[[Run], Report]] = {
     part.__name__: part
     for part in (
-        *(build, tests, sanitizer, races, ceilings, norms, softmaxes),
+        *(build, tests, sanitizer, races, ceilings, norms, softmaxes, losses),
         *(attention_128, attention_64, attention_256, decoding, layers, overhead, defaults),
     )
 }

@@ -18,8 +18,19 @@ from pyllm.graphs import graphed
 # forward runs without gradient; recorded is a forward that a backward can follow; step is both with the optimiser.
 PASSES = ("forward", "backward", "both")
 OVERHEAD_PASSES = ("forward", "recorded", "both")
-PEERS = ("compile", *BACKENDS, "liger", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex", "hf", "graphed")
-DEFAULT_PEERS = ("compile", "sdpa-flash", "sdpa-cudnn", "hf")
+PEERS = (
+    "compile",
+    *BACKENDS,
+    "liger",
+    "sdpa-flash",
+    "sdpa-cudnn",
+    "sdpa-efficient",
+    "flex",
+    "chunked",
+    "hf",
+    "graphed",
+)
+DEFAULT_PEERS = ("compile", "sdpa-flash", "sdpa-cudnn", "chunked", "hf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 AUTOCAST = "autocast"  # what computes in bf16 on tensors that are fp32
 DTYPES[AUTOCAST] = torch.bfloat16
@@ -231,8 +242,9 @@ def measure(
         with recording() as choices:
             outputs = workload.calls["pyllm"]()
         ran = "+".join(dict.fromkeys(choice.backend for choice in choices))
-        size = max(output.nbytes for output in _outputs(outputs))
-        del outputs
+        made = _outputs(outputs) if case.direction == "forward" else (*_outputs(outputs), *workload.leaves)
+        size = max(tensor.nbytes for tensor in made)  # of a result, or of a gradient
+        del outputs, made
         large = case.device == "cpu" and size > timing.FRESH_PAGES_FROM
         called = dict(workload.calls)
         calls = {name: workload.staged(call, case.direction) for name, call in called.items()}
@@ -269,7 +281,8 @@ def staged(call: Call, leaves: list[Tensor], direction: str, used: Tensor | None
     """The part of a call that a pass times; backward alone reuses one graph. used: as in `Workload`."""
     if direction in ("forward", "recorded"):
         return call
-    cotangents = [torch.randn_like(output) for output in _outputs(call())]
+    # A loss is where a backward starts.
+    cotangents = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in _outputs(call())]
     if used is not None:
         cotangents = [c.masked_fill_(~used, 0.0) for c in cotangents]
 

@@ -67,6 +67,10 @@ STABLE_TORCH_LIBRARY(pyllm, m) {
       "linear_cross_entropy_shard_fwd(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, SymInt first,"
       " SymInt memory) -> Tensor");
   m.def(
-      "linear_cross_entropy_shard_bwd(Tensor coefficients, Tensor hidden, Tensor weight, Tensor target, Tensor? bias,"
-      " SymInt first, bool[] wanted, SymInt memory) -> (Tensor, Tensor, Tensor)");
+      "linear_cross_entropy_shard_loss(Tensor statistics, Tensor target, SymInt ignore_index, float label_smoothing,"
+      " float z_loss, SymInt classes) -> Tensor");
+  m.def(
+      "linear_cross_entropy_shard_bwd(Tensor dloss, Tensor statistics, Tensor hidden, Tensor weight, Tensor target,"
+      " Tensor? bias, SymInt ignore_index, float label_smoothing, float z_loss, SymInt classes, SymInt first,"
+      " bool[] wanted, SymInt memory) -> (Tensor, Tensor, Tensor)");
 }

@@ -15,7 +15,17 @@ from pyllm.benchmarks import exercise, gpu
 from pyllm.benchmarks.measure import Case
 
 ROOT = Path(__file__).parent.parent
-MEASURED = ("norms", "softmaxes", "attention_64", "attention_128", "attention_256", "decoding", "layers", "overhead")
+MEASURED = (
+    "norms",
+    "softmaxes",
+    "losses",
+    "attention_64",
+    "attention_128",
+    "attention_256",
+    "decoding",
+    "layers",
+    "overhead",
+)
 TESTS = ("-k", "test_large_scores and native")
 
 
@@ -42,7 +52,7 @@ def test_the_plan_is_of_shapes_and_variants_that_the_benchmarks_have(run, monkey
     monkeypatch.setattr(gpu, "_measured", lambda run, cases, *_, **__: planned.extend(cases) or gpu.Report("ok"))
     for part in MEASURED:
         gpu.PARTS[part](run)
-    assert len(planned) == len({str(case) for case in planned}) > 160
+    assert len(planned) == len({str(case) for case in planned}) > 165
     for case in planned:
         assert len(case.shape) == len(case.benchmark.tiny) and case.variant in case.benchmark.variants
 

@@ -102,7 +102,9 @@ def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
     linear = (rows, t(60, 40), index.flatten(), t(60))
     yield "linear_cross_entropy_fwd", (*linear, scale, -100, 0.1, 1e-3, [True, False, True], 2**16)
     yield "linear_cross_entropy_shard_fwd", (*linear, 0, 2**16)
-    yield "linear_cross_entropy_shard_bwd", (by_token, *linear, 0, [True, True, False], 2**16)
+    yield "linear_cross_entropy_shard_loss", (by_token, index.flatten(), -100, 0.1, 1e-3, 60)
+    options = (-100, 0.1, 1e-3, 60, 0, [True, True, False], 2**16)
+    yield "linear_cross_entropy_shard_bwd", (by_token[0], by_token, *linear, *options)
 
 
 @pytest.mark.parametrize("target", KERNEL_TARGETS)

@@ -135,22 +135,37 @@ def linear_cross_entropy_shard_fwd(
     return hidden.new_empty((4, hidden.shape[0]), dtype=statistics_type(hidden))
 
 
+@kernel(chunks.losses)
+def linear_cross_entropy_shard_loss(
+    statistics: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, classes: int
+) -> Tensor:
+    """The loss of each token from its statistics over the whole vocabulary, of so many classes."""
+    return statistics.new_empty(target.shape)
+
+
 @kernel(chunks.gradients_by_vocabulary)
 def linear_cross_entropy_shard_bwd(
-    coefficients: Tensor,
+    dloss: Tensor,
+    statistics: Tensor,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    classes: int,
     first: int,
     wanted: list[bool],
     memory: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """coefficients (4, N) of each token are shift, a, b, c: its logits have gradient a exp(logit - shift) - c [- b]."""
+    """The gradients that these classes have or give; dloss is one for each token, or one for all."""
     return _gradients(wanted, hidden, weight, bias)
 
 
-def _on(fwd: OpOverload, shard_fwd: OpOverload, shard_bwd: OpOverload, scale_gradient: OpOverload) -> Implementation:
+def _on(
+    fwd: OpOverload, shard_fwd: OpOverload, shard_loss: OpOverload, shard_bwd: OpOverload, scale_gradient: OpOverload
+) -> Implementation:
     class ByTokens(torch.autograd.Function):
         @staticmethod
         def forward(ctx, hidden, weight, bias, target, scale, options, wanted, memory):
@@ -181,8 +196,8 @@ def _on(fwd: OpOverload, shard_fwd: OpOverload, shard_bwd: OpOverload, scale_gra
             hidden, weight, bias, target, scale, statistics = ctx.saved_tensors
             first, classes, group = ctx.shard
             dloss = dloss if scale is None else dloss * scale
-            coefficients = chunks.coefficients(dloss, statistics, target, *ctx.options, classes)
-            gradients = shard_bwd(coefficients, hidden, weight, target, bias, first, ctx.wanted, ctx.memory)
+            args = (hidden, weight, target, bias, *ctx.options, classes, first, ctx.wanted, ctx.memory)
+            gradients = shard_bwd(dloss, statistics, *args)
             if group is not None and ctx.wanted[0]:
                 dist.all_reduce(gradients[0], group=group)
             gradients = (g if asked else None for g, asked in zip(gradients, ctx.wanted, strict=True))
@@ -193,7 +208,7 @@ def _on(fwd: OpOverload, shard_fwd: OpOverload, shard_bwd: OpOverload, scale_gra
         statistics = shard_fwd(hidden, weight, target, bias, first, memory)
         if group is not None:
             statistics = _combined(statistics, group)
-        return chunks.losses(statistics, target, *options, classes), statistics
+        return shard_loss(statistics, target, *options, classes), statistics
 
     def run(hidden, weight, target, bias, ignore_index, label_smoothing, z_loss, reduction, budget, wanted, shard):
         options = (ignore_index, label_smoothing, z_loss)
@@ -244,6 +259,7 @@ LINEAR_CROSS_ENTROPY = Operator(
         _on,
         linear_cross_entropy_fwd,
         linear_cross_entropy_shard_fwd,
+        linear_cross_entropy_shard_loss,
         linear_cross_entropy_shard_bwd,
         cross_entropy_bwd,
     )
@@ -270,7 +286,8 @@ def _shard_forward_flops(hidden, weight, *_, **__):
     return _products(hidden, weight, 1)
 
 
-def _shard_backward_flops(coefficients, hidden, weight, target, bias, first, wanted, memory, **_):
+def _shard_backward_flops(dloss, statistics, hidden, weight, *rest, **_):
+    wanted = rest[-2]
     return _products(hidden, weight, 1 + wanted[0] + wanted[1])
 
 

@@ -133,8 +133,22 @@ def statistics_by_vocabulary(kernels, hidden, weight, target, bias, first, memor
 
 @torch.no_grad()
 def gradients_by_vocabulary(
-    kernels, coefficients, hidden, weight, target, bias, first, wanted, memory
+    kernels,
+    dloss,
+    statistics,
+    hidden,
+    weight,
+    target,
+    bias,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    classes,
+    first,
+    wanted,
+    memory,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    coefficients = _coefficients(dloss, statistics, target, ignore_index, label_smoothing, z_loss, classes)
     dhidden = _Accumulator(hidden) if wanted[0] else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else hidden.new_empty(0)
     dbias = bias.new_empty(bias.shape) if wanted[2] else hidden.new_empty(0)
@@ -154,8 +168,8 @@ def shift(peak: Tensor) -> Tensor:
     return torch.where(peak == -torch.inf, 0.0, peak)
 
 
-def losses(statistics: Tensor, target: Tensor, ignore_index, label_smoothing, z_loss, classes: int) -> Tensor:
-    """The loss of each token from its statistics over the whole vocabulary."""
+@torch.no_grad()
+def losses(kernels, statistics, target, ignore_index, label_smoothing, z_loss, classes) -> Tensor:
     peak, total, logit, logits = statistics
     log_total = total.log()
     loss = (1 - label_smoothing) * (log_total - (logit - peak))
@@ -166,10 +180,8 @@ def losses(statistics: Tensor, target: Tensor, ignore_index, label_smoothing, z_
     return _where_counted(loss, target, ignore_index, classes)
 
 
-def coefficients(
-    dloss: Tensor, statistics: Tensor, target: Tensor, ignore_index, label_smoothing, z_loss, classes: int
-) -> Tensor:
-    """(4, N): shift, a, b, c of `linear_cross_entropy_shard_bwd`. dloss is of each token, or of all."""
+def _coefficients(dloss, statistics, target, ignore_index, label_smoothing, z_loss, classes) -> Tensor:
+    """(4, N): shift, a, b, c of cross_entropy_shard_bwd."""
     peak, total = statistics[:2]
     rows = dloss.expand(peak.shape)
     a = rows / total
