@@ -245,10 +245,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"curves {row['distance']:.2g} apart, two seeds' {row['spread_of_seeds']:.2g}: {row['problem'] or 'ok'}",
             flush=True,
         )
-    report.write_rows(arguments.out / "summary.csv", [c.row() for c in comparisons])
-    report.write_rows(arguments.out / "curves.csv", [row for c in comparisons for row in _curves(c)])
-    plot(arguments.out / "curves.png", comparisons)
+        write(arguments.out, comparisons)  # what there is, should the run be ended
     return 1 if any(c.problem() for c in comparisons) else 0
+
+
+def write(folder: Path, comparisons: Sequence[Comparison]) -> None:
+    report.write_rows(folder / "summary.csv", [c.row() for c in comparisons])
+    report.write_rows(folder / "curves.csv", [row for c in comparisons for row in _curves(c)])
+    plot(folder / "curves.png", comparisons)
 
 
 def _curves(comparison: Comparison) -> list[dict]:
