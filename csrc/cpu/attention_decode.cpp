@@ -145,7 +145,9 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& query_in, Tensor k
   }
   int64_t keys = 0;
   for (const DecodePiece& piece : pieces) keys += piece.end - piece.begin;
-  run_tasks(pick_attention_decode(), args, piece_count * kv_heads, keys * kv_heads * dim);
+  const bool pairs = multiplies_pairs(args.query.data.dtype);
+  run_tasks(pairs ? pick_attention_decode_pairs() : pick_attention_decode(), args, piece_count * kv_heads,
+            keys * kv_heads * dim);
   run_tasks(pick_attention_decode_merge(), args, lse.numel(), partial_out.numel());
   return {out, lse};
 }

@@ -71,8 +71,7 @@ class PairProducts {
 
   void sum_over_queries(int count, const C* tile, const Operand& by, C* to) const {
     BFloat16* rows = scratch<BFloat16, 0>(kKeyBlock * kQueryBlock);
-    for (int j = 0; j < count; ++j)
-      for (int i = 0; i < block_.count; i += kPanel) narrow_row(tile + j * kQueryBlock + i, rows + j * kQueryBlock + i);
+    for (int j = 0; j < count; ++j) narrow_row(tile + j * kQueryBlock, block_.count, rows + j * kQueryBlock);
     multiply_pairs(count, width_, block_.count, {rows, kQueryBlock}, by.rows, width_, to, width_, {});
   }
 

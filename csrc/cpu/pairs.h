@@ -50,40 +50,84 @@ inline Vec<uint32_t> load_words(const BFloat16* p, int64_t count) {
   return bit_cast<Vec<uint32_t>>(_mm512_maskz_loadu_epi16(mask, p));
 }
 
-// The elements of a in the low halves, those of b in the high ones.
-inline Vec<uint32_t> narrow_pairs(Vec<float> a, Vec<float> b) {
-  const auto interleave = []<size_t... i>(std::index_sequence<i...>) {
-    using Bits [[gnu::vector_size(64)]] = uint16_t;
-    return Bits{static_cast<uint16_t>(i / 2 + 16 * (i % 2))...};
+// Words of 16 of a's 32 elements, from `first` on, in the low halves, and 16 of b's, from `second` on.
+template <int first, int second>
+Vec<uint32_t> interleaved(Vec<uint32_t> a, Vec<uint32_t> b) {
+  using Halves [[gnu::vector_size(64)]] = uint16_t;
+  const auto shuffled = [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(bit_cast<Halves>(a), bit_cast<Halves>(b), (i % 2 ? 32 + second : first) + i / 2 ...);
   };
-  const auto order = interleave(std::make_index_sequence<32>());
-  const auto both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(b), bit_cast<__m512>(a)));
-  return bit_cast<Vec<uint32_t>>(_mm512_permutexvar_epi16(bit_cast<__m512i>(order), both));
+  return bit_cast<Vec<uint32_t>>(shuffled(std::make_integer_sequence<int, 32>()));
 }
 
-// kPanel elements of a row.
-inline void narrow_row(const float* from, BFloat16* to) {
-  const __m512 low = bit_cast<__m512>(load(from)), high = bit_cast<__m512>(load(from + kLanes<float>));
-  store(reinterpret_cast<uint32_t*>(to), bit_cast<Vec<uint32_t>>(_mm512_cvtne2ps_pbh(high, low)));
+// a and b rounded, one after the other.
+inline Vec<uint32_t> narrow(Vec<float> a, Vec<float> b) {
+  return bit_cast<Vec<uint32_t>>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(b), bit_cast<__m512>(a)));
+}
+
+// The words of a and b.
+inline Vec<uint32_t> narrow_pairs(Vec<float> a, Vec<float> b) {
+  const Vec<uint32_t> both = narrow(a, b);
+  return interleaved<0, 16>(both, both);
+}
+
+// `count` elements of a row that whole vectors can be read from, and something up to a whole panel.
+inline void narrow_row(const float* from, int64_t count, BFloat16* to) {
+  constexpr int lanes = kLanes<float>;
+  for (int64_t i = 0; i < count; i += kPanel) {
+    const Vec<float> next = i + lanes < count ? load(from + i + lanes) : Vec<float>{};
+    store(reinterpret_cast<uint32_t*>(to + i), narrow(load(from + i), next));
+  }
 }
 
 // The pairs of neighbouring rows of a matrix (rows, columns): (rows / 2, width), and zeros up to a whole panel of rows.
 inline void pair_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t width,
                       uint32_t* to) {
   for (int64_t row = 0; row < whole_panels(rows); row += 2, to += width) {
-    for (int64_t column = 0; column < width; column += kLanes<float>) {
-      const auto half = [&](int64_t r) {
-        const int64_t left = columns - column;
-        const auto mask = static_cast<__mmask16>(r >= rows || left <= 0 ? 0 : left >= 16 ? ~0u : (1u << left) - 1);
-        const __m256i bits = _mm256_maskz_loadu_epi16(mask, from + r * stride + column);
-        return __builtin_convertvector(bit_cast<Half16>(bits), Vec<uint32_t>);
+    for (int64_t column = 0; column < width; column += kPanel) {
+      const auto part = [&](int64_t r) {
+        return r < rows ? load_words(from + r * stride + column, columns - column) : Vec<uint32_t>{};
       };
-      store(to + column, half(row) | (half(row + 1) << 16));
+      const Vec<uint32_t> a = part(row), b = part(row + 1);
+      store(to + column, interleaved<0, 0>(a, b));
+      if (column + kPanel / 2 < width) store(to + column + kPanel / 2, interleaved<16, 16>(a, b));
     }
   }
 }
 
 // --- products ---
+
+template <int rows, int vectors>
+void multiply_pairs_lanes(int64_t depth, PairRows a, const uint32_t* b, int64_t b_stride, float* c, int64_t c_stride,
+                          const Update<float>& update) {
+  Vec<float> total[rows][vectors] = {};
+  const auto step = [&](auto&& word) __attribute__((always_inline)) {
+    Vec<uint32_t> column[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) column[v] = load(b + v * kLanes<float>);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const Vec<uint32_t> factor = splat<uint32_t>(word(r));
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v)  // casts, not bit_cast, whose copies would keep the sums in memory
+        total[r][v] = (Vec<float>)_mm512_dpbf16_ps((__m512)total[r][v], (__m512bh)factor, (__m512bh)column[v]);
+    }
+    b += b_stride;
+  };
+  for (; depth > 0; depth -= kPanel, a.data += a.panel) {
+    const BFloat16* from = a.data;
+    const BFloat16* const last = from + (depth < kPanel ? depth : kPanel) - 1;
+    for (; from < last; from += 2) {
+      step([&](int r) {
+        uint32_t word;
+        std::memcpy(&word, from + r * a.row, sizeof(word));
+        return word;
+      });
+    }
+    if (from == last) step([&](int r) { return from[r * a.row].bits; });
+  }
+  write_tile<rows, vectors, float>(total, c, c_stride, update);
+}
 
 #if defined(__AMX_BF16__)
 
@@ -143,73 +187,38 @@ void multiply_pairs_tiles(int64_t row, int64_t rows, int64_t depth, const PairRo
   if constexpr (high > 1 && wide > 1) write.template operator()<3>();
 }
 
+#endif
+
 // C (rows, columns) from A (rows, depth) and B (depth, columns), whose words (k / 2, column) hold its elements
 // (k, column) and (k + 1, column); columns is a multiple of the lanes.
 inline void multiply_pairs(int64_t rows, int64_t columns, int64_t depth, const PairRows& a, const uint32_t* b,
                            int64_t b_stride, float* c, int64_t c_stride, const Update<float>& update) {
-  for (int64_t column = 0; column < columns; column += 32) {
-    for (int64_t row = 0; row < rows; row += 32) {
-      const auto tiles = [&]<int high, int wide>() {
-        multiply_pairs_tiles<high, wide>(row, rows, depth, a, b + column, b_stride, c + column, c_stride, update);
-      };
-      const bool high = rows - row > 16, wide = columns - column > 16;
-      if (high && wide) {
-        tiles.template operator()<2, 2>();
-      } else if (high) {
-        tiles.template operator()<2, 1>();
-      } else if (wide) {
-        tiles.template operator()<1, 2>();
-      } else {
-        tiles.template operator()<1, 1>();
+#if defined(__AMX_BF16__)
+  if (rows >= 16) {  // fewer would leave most of a tile unused
+    for (int64_t column = 0; column < columns; column += 32) {
+      for (int64_t row = 0; row < rows; row += 32) {
+        const auto tiles = [&]<int high, int wide>() {
+          multiply_pairs_tiles<high, wide>(row, rows, depth, a, b + column, b_stride, c + column, c_stride, update);
+        };
+        const bool high = rows - row > 16, wide = columns - column > 16;
+        if (high && wide) {
+          tiles.template operator()<2, 2>();
+        } else if (high) {
+          tiles.template operator()<2, 1>();
+        } else if (wide) {
+          tiles.template operator()<1, 2>();
+        } else {
+          tiles.template operator()<1, 1>();
+        }
       }
     }
+    return;
   }
-}
-
-#else
-
-template <int rows, int vectors>
-void multiply_pairs_tile(int64_t depth, PairRows a, const uint32_t* b, int64_t b_stride, float* c, int64_t c_stride,
-                         const Update<float>& update) {
-  Vec<float> total[rows][vectors] = {};
-  const auto step = [&](auto&& word) __attribute__((always_inline)) {
-    Vec<uint32_t> column[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) column[v] = load(b + v * kLanes<float>);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const Vec<uint32_t> factor = splat<uint32_t>(word(r));
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v)  // casts, not bit_cast, whose copies would keep the sums in memory
-        total[r][v] = (Vec<float>)_mm512_dpbf16_ps((__m512)total[r][v], (__m512bh)factor, (__m512bh)column[v]);
-    }
-    b += b_stride;
-  };
-  for (; depth > 0; depth -= kPanel, a.data += a.panel) {
-    const BFloat16* from = a.data;
-    const BFloat16* const last = from + (depth < kPanel ? depth : kPanel) - 1;
-    for (; from < last; from += 2) {
-      step([&](int r) {
-        uint32_t word;
-        std::memcpy(&word, from + r * a.row, sizeof(word));
-        return word;
-      });
-    }
-    if (from == last) step([&](int r) { return from[r * a.row].bits; });
-  }
-  write_tile<rows, vectors, float>(total, c, c_stride, update);
-}
-
-// C (rows, columns) from A (rows, depth) and B (depth, columns), whose words (k / 2, column) hold its elements
-// (k, column) and (k + 1, column); columns is a multiple of the lanes.
-inline void multiply_pairs(int64_t rows, int64_t columns, int64_t depth, const PairRows& a, const uint32_t* b,
-                           int64_t b_stride, float* c, int64_t c_stride, const Update<float>& update) {
+#endif
   for_tiles<float>(rows, columns, [&]<int r, int v>(int64_t row, int64_t column) {
-    multiply_pairs_tile<r, v>(depth, {a.data + row * a.row, a.row, a.panel}, b + column, b_stride,
-                              c + row * c_stride + column, c_stride, update.of_row(row));
+    multiply_pairs_lanes<r, v>(depth, {a.data + row * a.row, a.row, a.panel}, b + column, b_stride,
+                               c + row * c_stride + column, c_stride, update.of_row(row));
   });
 }
-
-#endif
 
 }  // namespace pyllm::PYLLM_ISA
