@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,8 +15,10 @@ namespace pyllm {
 // Asks the kernel to let this process use tiles, which it has to before their first use.
 inline bool request_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & amx_bf16) != 0 && (edx & amx_tile) != 0 &&
          syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
