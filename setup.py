@@ -2,9 +2,9 @@
 
 libpyllm_cpu.so and libpyllm_cuda.so are on PyTorch's stable ABI: one binary for every PyTorch from 2.11 and every
 Python. Each csrc/cpu/*_kernel.cpp is compiled once for each instruction set, *_pairs_kernel.cpp for those that multiply
-pairs of bf16; the right one is picked at run time.
-Without a C++ compiler the package installs without this part, without nvcc of CUDA 13 without the CUDA kernels. Whether
-PyTorch has CUDA, or the machine a GPU, makes no difference to the build.
+pairs of bf16; the right one is picked at run time. Without a C++ compiler the package installs without this part,
+without nvcc of CUDA 13 without the CUDA kernels. Whether PyTorch has CUDA, or the machine a GPU, makes no difference to
+the build.
 
 Environment: CXX, the C++ compiler. PYLLM_CUDA=1 demands the CUDA kernels, 0 leaves them out. PYLLM_CUDA_ARCHS: the
 architectures to compile them for instead of all, such as "90a" or "80,86". PYLLM_CUDA_HEAD_DIMS, for development:

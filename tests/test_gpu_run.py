@@ -15,7 +15,8 @@ from pyllm.benchmarks import exercise, gpu
 from pyllm.benchmarks.measure import Case
 
 ROOT = Path(__file__).parent.parent
-MEASURED = (
+MEASURED = ("norms", "softmaxes", "losses", "attention_64", "attention_128", "attention_256")
+MEASURED += ("decoding", "layers", "overhead")
     "norms",
     "softmaxes",
     "losses",

@@ -1,24 +1,24 @@
-// AMX: the tiles of 16 rows of 64 bytes that a thread has, and the instructions
-// on them. tests/amx_model has these functions in C++, for processors without
-// AMX.
+// AMX: the tiles of 16 rows of 64 bytes that a thread has, and the instructions on them. tests/amx_model has these
+// functions in C++, for processors without AMX.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace pyllm {
 
-// Asks the kernel to let this process use tiles, which it has to before their
-// first use.
+// Asks the kernel to let this process use tiles, which it has to before their first use.
 inline bool request_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
-  constexpr int request_permission = 0x1023,
-                tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & amx_bf16) != 0 && (edx & amx_tile) != 0 &&
          syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
@@ -27,8 +27,8 @@ inline bool request_tiles() {
 
 #if defined(__AMX_BF16__)
 
-// Gives all eight tiles their full size, and restores at its end what the
-// thread had set: other libraries take the tiles for as they left them.
+// Gives all eight tiles their full size, and restores at its end what the thread had set: other libraries take the
+// tiles for as they left them.
 class TileScope {
  public:
   TileScope() {
@@ -63,8 +63,7 @@ template <int tile>
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
 }
 
-// c += a b: c (16, 16) of fp32, a (16, 32) of bf16, b (16, 16) of pairs of
-// bf16.
+// c += a b: c (16, 16) of fp32, a (16, 32) of bf16, b (16, 16) of pairs of bf16.
 template <int c, int a, int b>
 [[gnu::always_inline]] inline void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));

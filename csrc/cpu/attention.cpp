@@ -14,8 +14,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Keys or values as products with them read the rows: the tensor itself, or a
-// copy in the compute type.
+// Keys or values as products with them read the rows: the tensor itself, or a copy in the compute type.
 Tensor readable(const Tensor& t_in) {
   const Tensor t = with_contiguous_rows(t_in);
   if (t.scalar_type() == statistics_type(t) || multiplies_pairs(array(t).dtype)) return t;
@@ -46,12 +45,10 @@ struct Arguments {
 const int32_t* bounds_of(const OptionalTensor& cu_seqlens, int64_t count, int64_t rows) {
   STD_TORCH_CHECK(cu_seqlens.has_value() && cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
                       cu_seqlens->size(0) == count + 1,
-                  "pyllm: attention's cu_seqlens_q and cu_seqlens_k must be int32 and of "
-                  "one length");
+                  "pyllm: attention's cu_seqlens_q and cu_seqlens_k must be int32 and of one length");
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens->data_ptr());
   STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == rows && std::is_sorted(bounds, bounds + count + 1),
-                  "pyllm: attention's cu_seqlens must go from 0 up to the "
-                  "number of rows, never decreasing");
+                  "pyllm: attention's cu_seqlens must go from 0 up to the number of rows, never decreasing");
   return bounds;
 }
 
@@ -110,8 +107,7 @@ struct Call {
         sequences(sequences_of(given)) {
     STD_TORCH_CHECK(query.dim() == 4 && given.key.scalar_type() == query.scalar_type() &&
                         given.value.scalar_type() == query.scalar_type() && query.size(1) % key.size(1) == 0,
-                    "pyllm: attention's query, key and value must have 4 "
-                    "dimensions, one dtype and heads that divide");
+                    "pyllm: attention's query, key and value must have 4 dimensions, one dtype and heads that divide");
     int64_t longest_q = 0, longest_k = 0;
     for (const Sequence& sequence : sequences) {
       longest_q = std::max(longest_q, sequence.sq);
@@ -185,8 +181,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
   const Attention& args = call.args;
   Tensor out = new_like(query);
   Tensor lse = uninitialised(query, {args.batches, args.heads, args.sq}, statistics_type(query));
-  std::vector<QueryBlock> blocks;  // of a causal sequence the one with most keys
-                                   // first, so that threads end together
+  std::vector<QueryBlock> blocks;  // of a causal sequence the one with most keys first, so that threads end together
   for (const Sequence& sequence : call.sequences)
     for (int64_t index = blocks_of(sequence.sq) - 1; index >= 0; --index) blocks.push_back({&sequence, index});
   const AttentionForward forward{.call = args,

@@ -24,8 +24,7 @@ struct ScoreMask {
 // One of the sequences of a call. `batch`, `query` and `key` tell where its rows begin in the tensors.
 struct Sequence {
   int64_t index, batch, query, key, sq, sk;
-  int64_t shift;  // what is added to a query's index before it is compared with
-                  // a key's
+  int64_t shift;  // what is added to a query's index before it is compared with a key's
   int64_t panel;  // the first of its keys' panels
 };
 
@@ -39,8 +38,7 @@ inline int64_t blocks_of(int64_t queries) { return (queries + kQueryBlock - 1) /
 
 // What scores gain by the distance j - i; of the statistics type.
 struct DistanceBiases {
-  Array bias = {};  // (H, distances), the middle one at distance 0; beyond
-                    // -reach to reach constant, or never needed
+  Array bias = {};  // (H, distances), the middle one at distance 0; beyond -reach to reach constant, or never needed
   int64_t distances = 0, reach = 0;
   Array slopes = {};  // (sequences or 1, H)
   int64_t slopes_sequence = 0;
@@ -48,17 +46,15 @@ struct DistanceBiases {
   explicit operator bool() const { return bias || slopes; }
 };
 
-// Columns of a matrix of bf16 that lie together where pairs of them are
-// multiplied: a cache line.
+// Columns of a matrix of bf16 that lie together where pairs of them are multiplied: a cache line.
 inline constexpr int kPanel = 32;
 
 // Whether products of this dtype are made of pairs.
 inline bool multiplies_pairs(DType dtype) { return dtype == DType::bf16 && chosen_isa() >= Isa::avx512bf16; }
 
-// Keys or values. Products of pairs take the rows as the caller has them, and
-// for sums over keys `panels`, unless null: (Hkv, panels, padded head_dim,
-// kPanel), a panel being kPanel keys of a sequence, transposed, with zeros at
-// their end. All other products take the rows in the compute type.
+// Keys or values. Products of pairs take the rows as the caller has them, and for sums over keys `panels`, unless null:
+// (Hkv, panels, padded head_dim, kPanel), a panel being kPanel keys of a sequence, transposed, with zeros at their end.
+// All other products take the rows in the compute type.
 struct Keys {
   Heads rows;
   const BFloat16* panels = nullptr;
@@ -101,8 +97,7 @@ struct AttentionBackward {
   ScoreMask dmask = {};
 };
 
-// dkey and dvalue are scale and value_scale times the sum of the parts. keys: B
-// * Sk.
+// dkey and dvalue are scale and value_scale times the sum of the parts. keys: B * Sk.
 struct KeyGradient {
   const void* partials;
   Heads dkey, dvalue;

@@ -22,8 +22,7 @@ inline DistanceBiases distance_biases(const Tensor& query, const OptionalTensor&
   for (const OptionalTensor& given : {bias, slopes}) {
     STD_TORCH_CHECK(!given.has_value() ||
                         (given->scalar_type() == statistics_type(query) && given->dim() == 2 && given->is_contiguous()),
-                    "pyllm: attention's biases by distance must be contiguous "
-                    "matrices of the statistics type");
+                    "pyllm: attention's biases by distance must be contiguous matrices of the statistics type");
   }
   DistanceBiases biases;
   if (bias.has_value()) {

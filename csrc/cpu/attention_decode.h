@@ -25,19 +25,16 @@ struct Rotary {
 struct AttentionDecode {
   Heads query, key_cache, value_cache;
   Heads key = {}, value = {};            // what is appended, or null
-  const int32_t* block_table = nullptr;  // (B, table_row), the page of each page_size keys; null: a
-                                         // sequence is a page
+  const int32_t* block_table = nullptr;  // (B, table_row), the page of each page_size keys; null: a sequence is a page
   int64_t table_row, page_size;
-  int64_t heads, kv_heads, added,
-      dim;  // added: the queries of a sequence, its last positions
+  int64_t heads, kv_heads, added, dim;  // added: the queries of a sequence, its last positions
   Rotary rotary = {};
   double scale, softcap;
   int64_t left, right;  // -1: no bound
   DistanceBiases biases = {};
   const DecodeSequence* sequences = nullptr;
   const DecodePiece* pieces = nullptr;
-  void *partial_out = nullptr,
-       *partial_lse = nullptr;  // (pieces, H, added, padded width) and (pieces, H, added)
+  void *partial_out = nullptr, *partial_lse = nullptr;  // (pieces, H, added, padded width) and (pieces, H, added)
   Heads out;
   void* lse;  // (B, H, added), statistics type
 };

@@ -1,5 +1,5 @@
-// Decoding's products in the compute type, and what is around the pass of
-// attention_decode_passes.h: the new keys and values, the merging of pieces.
+// Decoding's products in the compute type, and what is around the pass of attention_decode_passes.h: the new keys and
+// values, the merging of pieces.
 #include "cpu/attention_decode.h"
 
 #include "cpu/attention_decode_passes.h"

@@ -1,6 +1,5 @@
-// Decoding's products on pairs of bf16, where several queries share the keys:
-// the reading of memory is all of the cost then, too. Queries and weights are
-// rounded to bf16.
+// Decoding's products on pairs of bf16, where several queries share the keys, so that the reading of memory is all of
+// the cost there, too. Queries and weights are rounded to bf16.
 #include "cpu/attention_decode.h"
 
 #include "cpu/attention_decode_passes.h"
@@ -19,7 +18,7 @@ class PairDecode {
         width_(padded<float>(dim)),
         depth_(whole_panels(dim)),
         query_(scratch<BFloat16, 0>(rows * depth_)) {
-    for (int row = 0; row < rows; ++row) narrow_elements(query + row * width_, dim, query_ + row * depth_);
+    for (int row = 0; row < rows; ++row) narrow_row(query + row * width_, dim, query_ + row * depth_);
   }
 
   void multiply_keys(const BFloat16* keys, int64_t stride, int64_t count, float scale, float* scores) const {
@@ -44,20 +43,12 @@ class PairDecode {
                        const float* rescale, float* out) const {
     BFloat16* narrowed = scratch<BFloat16, 1>(rows_ * kTileKeys);
     uint32_t* pairs = scratch<uint32_t, 1>(kTileKeys / 2 * width_);
-    for (int row = 0; row < rows_; ++row) narrow_elements(weights + row * kScoreRow, count, narrowed + row * kTileKeys);
+    for (int row = 0; row < rows_; ++row) narrow_row(weights + row * kScoreRow, count, narrowed + row * kTileKeys);
     pair_rows(values, stride, count, dim_, width_, pairs);
     multiply_pairs(rows_, width_, count, {narrowed, kTileKeys}, pairs, width_, out, width_, {.beta = rescale});
   }
 
  private:
-  // A row of whole vectors, and something up to a whole panel.
-  static void narrow_elements(const float* from, int64_t count, BFloat16* to) {
-    for (int64_t i = 0; i < count; i += kPanel) {
-      const Vec<float> next = i + kPanel / 2 < count ? load(from + i + kPanel / 2) : Vec<float>{};
-      store(reinterpret_cast<uint32_t*>(to + i), narrow(load(from + i), next));
-    }
-  }
-
   int rows_;
   int64_t dim_, width_, depth_;
   BFloat16* query_;
@@ -67,7 +58,7 @@ class PairDecode {
 
 void attention_decode(const AttentionDecode& call, int64_t begin, int64_t end) {
   const MultiplierScope scope;
-  // A single query's products with fp32 wait for memory already.
+  // A single query's products in fp32 wait for memory already.
   const bool single = call.heads / call.kv_heads * call.added == 1;
   for (int64_t task = begin; task < end; ++task)
     single ? decode<BFloat16, PlainDecode<BFloat16>>(call, task) : decode<BFloat16, PairDecode>(call, task);

@@ -1,21 +1,16 @@
-// Attention of a few new queries over a long cache: reading K and V once, at
-// the speed of memory, is all of the cost. A task takes a piece of a sequence's
-// keys for all query heads that share them, tile by tile: S = Q K' with lanes
-// along head_dim, softmax along the keys, O = O * rescale + P V. Storage of 16
-// bits is converted in registers. A sequence has several pieces where there are
-// fewer heads than would keep the threads busy; their results are merged by
+// Attention of a few new queries over a long cache: reading K and V once, at the speed of memory, is all of the cost.
+// A task takes a piece of a sequence's keys for all query heads that share them, tile by tile: S = Q K' with lanes
+// along head_dim, softmax along the keys, O = O * rescale + P V. Storage of 16 bits is converted in registers. A
+// sequence has several pieces where there are fewer heads than would keep the threads busy; their results are merged by
 // log-sum-exp.
 //
-// Bytes: 2 Sk D for each key head; the rest is small. FLOPs: 4 Sk D for each
-// query head and new position.
+// Bytes: 2 Sk D for each key head; the rest is small. FLOPs: 4 Sk D for each query head and new position.
 //
-// Measured on 2 cores of an AMD EPYC (Zen 4), AVX-512, one new token at cache
-// length 4096 from caches beyond the third level, other work on the machine:
-// bytes of K and V per second as a share of what a copy reads and writes there.
-// 12 to 16 heads, head_dim 64:     fp32 0.69-0.74, bf16 0.92-0.97; in random
-// pages of 16 keys 0.72-0.80 and 0.64-0.71 head_dim 128: fp32 0.89-0.92; bf16
-// with 4 query heads to a key head 0.52-0.59, with 8 0.34-0.39, where the
-// arithmetic in fp32 is the limit, by estimate.
+// Measured on 2 cores of an AMD EPYC (Zen 4), AVX-512, one new token at cache length 4096 from caches beyond the third
+// level, other work on the machine: bytes of K and V per second as a share of what a copy reads and writes there.
+// 12 to 16 heads, head_dim 64:     fp32 0.69-0.74, bf16 0.92-0.97; in random pages of 16 keys 0.72-0.80 and 0.64-0.71
+// head_dim 128:                    fp32 0.89-0.92; bf16 with 4 query heads to a key head 0.52-0.59, with 8 0.34-0.39,
+// where the arithmetic in fp32 is the limit, by estimate.
 #pragma once
 
 #include "cpu/attention_decode.h"
@@ -54,8 +49,8 @@ T* cached(const AttentionDecode& call, const Heads& cache, int64_t sequence, int
                      key_head, key % call.page_size);
 }
 
-// body(where, count, rows) for each run of the keys [begin, end) that lies
-// together in a cache, `most` at most: its place after `begin`, and its rows.
+// body(where, count, rows) for each run of the keys [begin, end) that lies together in a cache, `most` at most: its
+// place after `begin`, and its rows.
 template <class T, class Body>
 void for_runs(const AttentionDecode& call, const Heads& cache, int64_t sequence, int64_t key_head, int64_t begin,
               int64_t end, int64_t most, Body&& body) {
@@ -68,8 +63,8 @@ void for_runs(const AttentionDecode& call, const Heads& cache, int64_t sequence,
   }
 }
 
-// Starts to bring the rows of a group of keys into the second-level cache.
-// Inline, since GCC drops calls of a function that does nothing else.
+// Starts to bring the rows of a group of keys into the second-level cache. Inline, since GCC drops calls of a function
+// that does nothing else.
 template <class T>
 [[gnu::always_inline]] inline void fetch(const AttentionDecode& call, const Heads& cache, const DecodePiece& piece,
                                          int64_t key_head, int64_t key) {
@@ -87,9 +82,8 @@ void convert_rows(const T* from, int64_t stride, int64_t count, int64_t dim, C* 
   for (int64_t row = 0; row < count; ++row) convert_row(from + row * stride, dim, to + row * width, width);
 }
 
-// products[i] += query * row i, lane by lane, for the columns from d on as far
-// as whole steps of `vectors` vectors go. Rows are read one after the other,
-// which is what the memory is fast at.
+// products[i] += query * row i, lane by lane, for the columns from d on as far as whole steps of `vectors` vectors go.
+// Rows are read one after the other, which is what the memory is fast at.
 template <class C, int vectors, class T>
 [[gnu::always_inline]] inline void add_products(const C* query, const T* const (&rows)[kLanes<C>], int64_t dim,
                                                 int64_t& d, Vec<C> (&products)[kLanes<C>]) {
@@ -106,54 +100,7 @@ template <class C, int vectors, class T>
   }
 }
 
-// scores[row][j] = scale * query[row] . keys[j] for `count` keys, and something
-// up to a whole vector
-template <class T, class C>
-void multiply_keys(int rows, int64_t dim, const C* query, int64_t width, const T* keys, int64_t stride, int64_t count,
-                   C scale, C* scores) {
-  constexpr int lanes = kLanes<C>;
-  const auto multiply = [&]<class Row>(int64_t j, const Row* from, int64_t step) {
-    const Row* key[lanes];
-    for (int i = 0; i < lanes; ++i) key[i] = from + (j + i < count ? i : count - 1 - j) * step;
-    for (int row = 0; row < rows; ++row) {
-      Vec<C> products[lanes] = {};
-      int64_t d = 0;
-      add_products<C, 8>(query + row * width, key, dim, d, products);
-      add_products<C, 4>(query + row * width, key, dim, d, products);
-      add_products<C, 1>(query + row * width, key, dim, d, products);
-      store(scores + row * kScoreRow + j, sums<C>(products) * scale);
-    }
-  };
-  // Rows that are not whole vectors are padded first; those that several
-  // queries read are converted once.
-  const bool direct = dim % lanes == 0 && (sizeof(T) == sizeof(C) || rows == 1);
-  C* converted = scratch<C, 0>(lanes * width);
-  for (int64_t j = 0; j < count; j += lanes) {
-    const T* from = keys + j * stride;
-    if (direct) {
-      multiply(j, from, stride);
-    } else {
-      convert_rows(from, stride, count - j < lanes ? count - j : lanes, dim, converted, width);
-      multiply(j, converted, width);
-    }
-  }
-}
-
-// out = rescale * out + weights . values for `count` keys
-template <class T, class C>
-void multiply_values(int rows, int64_t dim, const C* weights, const T* values, int64_t stride, int64_t count,
-                     const C* rescale, C* out, int64_t width) {
-  const auto multiply = [&](const auto* from, int64_t step) {
-    const int64_t columns = (dim + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
-    multiply_add<false>(rows, columns, count, weights, kScoreRow, from, step, out, width, Update<C>{.beta = rescale});
-  };
-  if (dim % kLanes<C> == 0) return multiply(values, stride);
-  C* converted = scratch<C, 1>(kTileKeys * width);
-  convert_rows(values, stride, count, dim, converted, width);
-  multiply(converted, width);
-}
-
-// Products in the compute type.
+// The products of a few queries with keys and values, in the compute type. query: (rows, padded head_dim)
 template <class T>
 class PlainDecode {
  public:
@@ -161,15 +108,47 @@ class PlainDecode {
 
   PlainDecode(int rows, int64_t dim, const C* query) : rows_(rows), dim_(dim), width_(padded<C>(dim)), query_(query) {}
 
-  // scores[row][j] = scale * query[row] . keys[j]
+  // scores[row][j] = scale * query[row] . keys[j] for `count` keys, and something up to a whole vector
   void multiply_keys(const T* keys, int64_t stride, int64_t count, C scale, C* scores) const {
-    pyllm::PYLLM_ISA::multiply_keys(rows_, dim_, query_, width_, keys, stride, count, scale, scores);
+    constexpr int lanes = kLanes<C>;
+    const auto multiply = [&]<class Row>(int64_t j, const Row* from, int64_t step) {
+      const Row* key[lanes];
+      for (int i = 0; i < lanes; ++i) key[i] = from + (j + i < count ? i : count - 1 - j) * step;
+      for (int row = 0; row < rows_; ++row) {
+        Vec<C> products[lanes] = {};
+        int64_t d = 0;
+        add_products<C, 8>(query_ + row * width_, key, dim_, d, products);
+        add_products<C, 4>(query_ + row * width_, key, dim_, d, products);
+        add_products<C, 1>(query_ + row * width_, key, dim_, d, products);
+        store(scores + row * kScoreRow + j, sums<C>(products) * scale);
+      }
+    };
+    // Rows that are not whole vectors are padded first; those that several queries read are converted once.
+    const bool direct = dim_ % lanes == 0 && (sizeof(T) == sizeof(C) || rows_ == 1);
+    C* converted = scratch<C, 0>(lanes * width_);
+    for (int64_t j = 0; j < count; j += lanes) {
+      const T* from = keys + j * stride;
+      if (direct) {
+        multiply(j, from, stride);
+      } else {
+        convert_rows(from, stride, count - j < lanes ? count - j : lanes, dim_, converted, width_);
+        multiply(j, converted, width_);
+      }
+    }
   }
 
-  // out = rescale * out + weights . values
+  // out = rescale * out + weights . values for `count` keys
   void multiply_values(const C* weights, const T* values, int64_t stride, int64_t count, const C* rescale,
                        C* out) const {
-    pyllm::PYLLM_ISA::multiply_values(rows_, dim_, weights, values, stride, count, rescale, out, width_);
+    const auto multiply = [&](const auto* from, int64_t step) {
+      const int64_t columns = (dim_ + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+      multiply_add<false>(rows_, columns, count, weights, kScoreRow, from, step, out, width_,
+                          Update<C>{.beta = rescale});
+    };
+    if (dim_ % kLanes<C> == 0) return multiply(values, stride);
+    C* converted = scratch<C, 1>(kTileKeys * width_);
+    convert_rows(values, stride, count, dim_, converted, width_);
+    multiply(converted, width_);
   }
 
  private:
@@ -178,8 +157,8 @@ class PlainDecode {
   const C* query_;
 };
 
-// Softcap, biases and window on the scores of the query at `position` with the
-// keys from `key` on; -inf up to a whole vector.
+// Softcap, biases and window on the scores of the query at `position` with the keys from `key` on; -inf up to a whole
+// vector.
 template <class C>
 void finish_scores(const AttentionDecode& call, int64_t sequence, int64_t head, int64_t position, int64_t key, int keys,
                    C* scores) {
@@ -215,7 +194,6 @@ void exponentiate(int keys, C* scores, C& peak, C& total, C& rescale) {
   peak = now;
 }
 
-// products(rows): what multiplies keys and values, as PlainDecode does.
 template <class T, class Products>
 void decode(const AttentionDecode& call, int64_t task) {
   using C = Compute<T>;
@@ -224,8 +202,7 @@ void decode(const AttentionDecode& call, int64_t task) {
   const int64_t shift = call.sequences[piece.sequence].keys - call.added;
   const int64_t width = padded<C>(call.dim);
   const int rows = static_cast<int>(group * call.added);
-  // The processor foresees which memory comes next, except across pages, or
-  // where it has arithmetic to do meanwhile.
+  // The processor foresees which memory comes next, except across pages, or where it has arithmetic to do meanwhile.
   const bool paged = call.block_table != nullptr, fetched = paged || rows > 1;
   C* query = scratch<C, 2>(rows * width);
   C* scores = scratch<C, 3>(rows * kScoreRow);

@@ -1,5 +1,5 @@
-// Attention's products in the compute type, and what is around the passes of
-// attention_passes.h: conversion of keys and values, sums of parts.
+// Attention's products in the compute type, and what is around the passes of attention_passes.h: conversion of keys and
+// values, sums of parts.
 #include "cpu/attention.h"
 
 #include "cpu/attention_passes.h"
@@ -8,16 +8,14 @@ namespace pyllm::PYLLM_ISA {
 
 namespace {
 
-// The products that attention is made of, for a block of queries and a tile of
-// keys. Tiles are (keys, kQueryBlock).
+// The products that attention is made of, for a block of queries and a tile of keys. Tiles are (keys, kQueryBlock).
 template <class T>
 class PlainProducts {
  public:
   using Storage = T;
   using C = Compute<T>;
 
-  // Of the block: (queries, padded head_dim), and the transpose (head_dim,
-  // kQueryBlock).
+  // Of the block: (queries, padded head_dim), and the transpose (head_dim, kQueryBlock).
   struct Operand {
     C *rows, *columns;
   };

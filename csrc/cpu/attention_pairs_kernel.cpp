@@ -1,7 +1,15 @@
-// Attention's products on pairs of bf16, for the passes of attention_passes.h:
-// with sums in fp32, and tiles rounded to bf16 before they are multiplied. K, V
-// and dO' are read where they are; what sums over keys multiply is packed once
-// into panels, and the operands of a block once for each block.
+// Attention's products on pairs of bf16, for the passes of attention_passes.h: sums in fp32, tiles of P and dS rounded
+// to bf16 before they are multiplied. Every product has A in rows and B as words, pairs along the depth: K and V are
+// rows as they are, the block's Q and dO are made words both along head_dim and along the queries, a tile is rounded to
+// words along the keys or to rows. Only sums over keys need more: V (in backward, K) transposed, in panels, once for
+// each call.
+//
+// Bytes: as there, with K and V read at half the size, and 4 D bytes a key for the panels. FLOPs: the same.
+//
+// Measured on one core of an AMD EPYC (Zen 5), (1, 1, 1024, 64), best of 200, other work on the machine. A loop of
+// vdpbf16ps on registers and the first-level cache: 521 GFLOP/s, of fp32 FMAs: 260.
+// forward 350 GFLOP/s, causal 314, dropout 283; backward 372, causal 340, dropout 333. Three quarters are products.
+// AMX: no machine with it was at hand.
 #include "cpu/attention.h"
 
 #include "cpu/attention_passes.h"
@@ -17,9 +25,8 @@ class PairProducts {
   using Storage = BFloat16;
   using C = float;
 
-  // Of the block, as words: pairs of queries (queries / 2, padded head_dim), 0
-  // up to a whole panel of queries; and pairs along head_dim (head_dim / 2,
-  // kQueryBlock), 0 up to a whole panel of head_dim.
+  // Of the block, as words: pairs of queries (queries / 2, padded head_dim), 0 up to a whole panel of queries; and
+  // pairs along head_dim (head_dim / 2, kQueryBlock), 0 up to a whole panel of head_dim.
   struct Operand {
     uint32_t *rows, *columns;
   };
@@ -73,8 +80,7 @@ class PairProducts {
 
   void sum_over_queries(int count, const C* tile, const Operand& by, C* to) const {
     BFloat16* rows = scratch<BFloat16, 0>(kKeyBlock * kQueryBlock);
-    for (int j = 0; j < count; ++j)
-      for (int i = 0; i < block_.count; i += kPanel) narrow_row(tile + j * kQueryBlock + i, rows + j * kQueryBlock + i);
+    for (int j = 0; j < count; ++j) narrow_row(tile + j * kQueryBlock, block_.count, rows + j * kQueryBlock);
     multiply_pairs(count, width_, block_.count, {rows, kQueryBlock}, by.rows, width_, to, width_, {});
   }
 
@@ -102,8 +108,7 @@ class PairProducts {
   Block block_;
 };
 
-// The panels of a sequence and key head: rows of head_dim, a pair of keys a
-// word.
+// The panels of a sequence and key head: rows of head_dim, a pair of keys a word.
 void pack_panels(const PackPanels& args, int64_t task) {
   const int64_t width = padded<float>(args.dim), head = task % args.heads;
   const Sequence& sequence = args.sequences[task / args.heads];

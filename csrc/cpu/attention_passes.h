@@ -1,41 +1,33 @@
-// Attention with online softmax (Dao et al., 2022), in tiles of kQueryBlock
-// queries by kKeyBlock keys that stay in the second-level cache. Tiles hold the
-// scores transposed, a row a key and a lane a query: then K and V are read
-// where they are, no reduction crosses lanes, and only Q (and dO) are
-// transposed, once for each block.
+// Attention with online softmax (Dao et al., 2022), in tiles of kQueryBlock queries by kKeyBlock keys that stay in the
+// second-level cache. Tiles hold the scores transposed, a row a key and a lane a query: then K and V are read where
+// they are, no reduction crosses lanes, and only Q (and dO) are transposed, once for each block.
 //
-// Forward, a task for each block of queries of a sequence: S' = K Q', softmax
-// down the columns, O = O * rescale + P V. Backward, a task for each key head
-// of a sequence (or part of its queries): S' = K Q', dP' = V dO', dV += P' dO,
-// dK += dS' Q, dQ = dS K, with P recomputed from the log-sum-exp. dQ is
-// complete after a block; dK, dV and the sums of dS along diagonals, which are
-// the gradient of the bias by distance, go to the task's own buffer, so nothing
-// is shared and no sum depends on timing. The gradient of a mask recomputes dS,
-// a task for each tile of the mask, and sums it over what was broadcast. Tiles
-// that the band or the mask empties are skipped.
+// Forward, a task for each block of queries of a sequence: S' = K Q', softmax down the columns, O = O * rescale + P V.
+// Backward, a task for each key head of a sequence (or part of its queries): S' = K Q', dP' = V dO', dV += P' dO,
+// dK += dS' Q, dQ = dS K, with P recomputed from the log-sum-exp. dQ is complete after a block; dK, dV and the sums of
+// dS along diagonals, which are the gradient of the bias by distance, go to the task's own buffer, so nothing is shared
+// and no sum depends on timing.
+// The gradient of a mask recomputes dS, a task for each tile of the mask, and sums it over what was broadcast.
+// Tiles that the band or the mask empties are skipped.
 //
-// Bytes: Q, O, dO, dQ once; K and V once for each block of queries, from cache
-// where a head's fit. FLOPs for each pair inside the band: 4 D forward, 10 D
-// backward, 4 D more for the gradient of a mask.
+// Bytes: Q, O, dO, dQ once; K and V once for each block of queries, from cache where a head's fit. FLOPs for each pair
+// inside the band: 4 D forward, 10 D backward, 4 D more for the gradient of a mask.
 //
-// Measured on one of 2 cores of an AMD EPYC (Zen 4), fp32, best of 12, other
-// work on the machine; torch.mm: 85 GFLOP/s. (B, H, S, D) AVX-512, GFLOP/s
-// PyTorch's fused kernel beside it (2, 12, 1024, 64)   forward     85, causal
-// 79      79, causal 54
+// Measured on one of 2 cores of an AMD EPYC (Zen 4), fp32, best of 12, other work on the machine; torch.mm: 85 GFLOP/s.
+// (B, H, S, D)                    AVX-512, GFLOP/s   PyTorch's fused kernel beside it
+// (2, 12, 1024, 64)   forward     85, causal 79      79, causal 54
 //                     backward    93, causal 82      75, causal 51
 // (1, 8, 2048, 128)   forward     94, causal 89      85, causal 67
 //                     backward    94, causal 89      83, causal 66
-// T5's bias or ALiBi: 2 % less, with the bias's gradient 3 %; a softcap: 15 %
-// forward, 10 % backward. AVX2 there: 74 forward and 77 backward at (2, 12,
-// 1024, 64); portable: 25 and 28.
+// T5's bias or ALiBi: 2 % less, with the bias's gradient 3 %; a softcap: 15 % forward, 10 % backward.
+// AVX2 there: 74 forward and 77 backward at (2, 12, 1024, 64); portable: 25 and 28.
 #pragma once
 
 #include "cpu/attention_tile.h"
 
 namespace pyllm::PYLLM_ISA {
 
-// The sum of term(0) to term(count - 1): of runs first, since the error of one
-// long chain would show in a whole row.
+// The sum of term(0) to term(count - 1): of runs first, since the error of one long chain would show in a whole row.
 template <class C, class Term>
 [[gnu::always_inline]] inline Vec<C> sum_of_runs(int count, Term&& term) {
   constexpr int run = 16;
@@ -63,8 +55,7 @@ void store_lanes(M* to, Vec<C> v, int count) {
   }
 }
 
-// Stores a tile (columns, kQueryBlock) as the matrix (rows, columns) of the
-// dtype that it transposes to.
+// Stores a tile (columns, kQueryBlock) as the matrix (rows, columns) of the dtype that it transposes to.
 template <class C>
 void store_transposed(const C* tile, int rows, int columns, DType dtype, void* data, int64_t offset, int64_t stride) {
   constexpr int lanes = kLanes<C>;
@@ -95,8 +86,8 @@ struct Softmax {
   }
 };
 
-// Scores become keep(exp(score - peak)); the sums, of all exponentials, and the
-// factor that earlier results need are brought up to date.
+// Scores become keep(exp(score - peak)); the sums, of all exponentials, and the factor that earlier results need are
+// brought up to date.
 template <class C, class Keep>
 void exponentiate(const Block& block, int keys, C* scores, Softmax<C>& softmax, Keep keep) {
   for_lanes<C>(block, [&](int i) {
@@ -169,8 +160,7 @@ void forward(const AttentionForward& args, int64_t task) {
 template <class C>
 struct Rows {
   alignas(64) C delta[kQueryBlock], dlse[kQueryBlock];
-  alignas(64) C lse[kQueryBlock];  // an empty query's lse is infinity, so that
-                                   // exp(s - lse) is 0
+  alignas(64) C lse[kQueryBlock];  // an empty query's lse is infinity, so that exp(s - lse) is 0
 };
 
 template <class Products, class C>
@@ -186,15 +176,13 @@ void load_block(const AttentionBackward& args, const Block& block, Products& pro
   }
 }
 
-// The tile's P (with dropout, but not its scale) and dS, transposed, and what
-// `make_scores` makes and returns.
+// The tile's P (with dropout, but not its scale) and dS, transposed, and what `make_scores` makes and returns.
 template <class Products, class C>
 bool score_gradients(const Products& products, const Attention& call, const Block& block, const Rows<C>& rows,
                      int64_t key, int keys, C* p, C* ds, C* derivatives) {
   if (!make_scores(products, call, block, key, keys, p, derivatives)) return false;
   products.multiply_keys(call.value, key, keys, products.dout, static_cast<C>(call.dropout.scale), ds);
-  // The rounding of lse and of out moves a whole row; where all of the row is
-  // here, its own sums are used instead.
+  // The rounding of lse and of out moves a whole row; where all of the row is here, its own sums are used instead.
   const bool whole = key == block.begin && key + keys == block.end;
   Softmax<C> softmax;
   if (whole) exponentiate(block, keys, p, softmax, [](Vec<C> e, int, int) { return e; });
@@ -224,8 +212,7 @@ bool score_gradients(const Products& products, const Attention& call, const Bloc
 template <class C>
 void sum_by_distance(const Attention& call, const Block& block, int64_t key, int keys, const C* ds, C* totals) {
   ByDistance<C> sums{};
-  // Rows that are added to the same numbers are far apart in time, so that no
-  // load waits for a store.
+  // Rows that are added to the same numbers are far apart in time, so that no load waits for a store.
   for (int first = 0; first < kQueryBlock; ++first) {
     for (int j = first; j < keys; j += kQueryBlock) {
       C* to = sums.row(j);
@@ -247,8 +234,7 @@ void sum_by_distance(const Attention& call, const Block& block, int64_t key, int
   totals[2 * reach] += above;
 }
 
-// to[i] = scale * the sum over the parts of from[part * stride + i], for i
-// below n
+// to[i] = scale * the sum over the parts of from[part * stride + i], for i below n
 template <class C, class T>
 void sum_parts(const C* from, int64_t parts, int64_t stride, int64_t n, C scale, T* to) {
   for_vectors<C>(n, [&](int64_t i, int count) {
@@ -361,8 +347,7 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
         const int64_t end = block.end < column_end ? block.end : column_end;
         if (begin < end) load_block(args.backward, block, products, rows);
         for (int64_t key = begin; key < end; key += kKeyBlock) {
-          // Where the columns are not broadcast, a key's row of `sums` is its
-          // place in the tile.
+          // Where the columns are not broadcast, a key's row of `sums` is its place in the tile.
           const int keys = end - key < kKeyBlock ? static_cast<int>(end - key) : kKeyBlock;
           if (!score_gradients(products, call, block, rows, key, keys, p, ds, static_cast<C*>(nullptr))) continue;
           C* to = sums + (args.columns == 1 ? 0 : key - column_begin) * kQueryBlock;

@@ -186,10 +186,8 @@ void load_biases(const Attention& call, const Block& block, int64_t key, int key
   });
 }
 
-// Scores (keys, kQueryBlock) of the keys from `key` on. With a softcap,
-// `derivatives`, unless null, receives those of the capped products by the
-// plain ones. Returns false, with the tile undefined, where the mask leaves
-// nothing of it.
+// Scores (keys, kQueryBlock) of the keys from `key` on. With a softcap, `derivatives`, unless null, receives those of
+// the capped products by the plain ones. Returns false, with the tile undefined, where the mask leaves nothing of it.
 template <class Products, class C>
 bool make_scores(const Products& products, const Attention& call, const Block& block, int64_t key, int keys, C* scores,
                  C* derivatives) {
@@ -240,9 +238,8 @@ bool make_scores(const Products& products, const Attention& call, const Block& b
   return true;
 }
 
-// Dropout of a tile, without its scale. Lanes are queries, so each Philox call
-// serves eight rows of the tile; its words hold the numbers of two neighbouring
-// rows.
+// Dropout of a tile, without its scale. Lanes are queries, so each Philox call serves eight rows of the tile; its words
+// hold the numbers of two neighbouring rows.
 template <class C>
 class Keep {
  public:

@@ -67,8 +67,8 @@ template <int vectors, int rows, class Tile>
   }
 }
 
-// tile<rows, vectors>(row, column) for the tiles that a matrix (rows, columns)
-// is made of; columns is a multiple of the lanes.
+// tile<rows, vectors>(row, column) for the tiles that a matrix (rows, columns) is made of; columns is a multiple of the
+// lanes.
 template <class C, class Tile>
 [[gnu::always_inline]] inline void for_tiles(int64_t rows, int64_t columns, Tile&& tile) {
   constexpr int lanes = kLanes<C>;

@@ -10,8 +10,8 @@
 
 namespace pyllm {
 
-// Each has what the ones before it have. From avx512bf16 on there are products
-// of pairs of bf16, which only kernels that multiply matrices are compiled for.
+// Each has what the ones before it have. From avx512bf16 on there are products of pairs of bf16, which only kernels
+// that multiply matrices are compiled for.
 enum class Isa { portable, avx2, avx512, avx512bf16, amx };
 inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
@@ -43,13 +43,11 @@ inline Isa chosen_isa() {
       return static_cast<Isa>(isa);
     }
   }
-  throw std::runtime_error(std::string("PYLLM_CPU_ISA must be portable, avx2, "
-                                       "avx512, avx512bf16 or amx, got ") +
+  throw std::runtime_error(std::string("PYLLM_CPU_ISA must be portable, avx2, avx512, avx512bf16 or amx, got ") +
                            asked);
 }
 
-// The kernel for the instruction set in use, of those for `first` and the ones
-// that follow it.
+// The kernel for the instruction set in use, of those for `first` and the ones that follow it.
 template <class Kernel>
 Kernel pick(Isa first, std::initializer_list<Kernel> kernels) {
   const int last = static_cast<int>(kernels.size()) - 1;
@@ -59,11 +57,9 @@ Kernel pick(Isa first, std::initializer_list<Kernel> kernels) {
 
 }  // namespace pyllm
 
-// Declare `void name(const Args&, int64_t begin, int64_t end)` in the namespace
-// of each instruction set, and a function that gives the one to call:
-// PYLLM_KERNEL of a *_kernel.cpp, and `pick_name()`; PYLLM_PAIR_KERNEL of a
-// *_pairs_kernel.cpp, and `pick_name_pairs()`, where the instruction set in use
-// has products of pairs.
+// Declare `void name(const Args&, int64_t begin, int64_t end)` in the namespace of each instruction set, and a function
+// that gives the one to call: PYLLM_KERNEL of a *_kernel.cpp, and `pick_name()`; PYLLM_PAIR_KERNEL of a
+// *_pairs_kernel.cpp, and `pick_name_pairs()`, where the instruction set in use has products of pairs.
 #define PYLLM_DECLARE(isa, name, Args)      \
   namespace isa {                           \
   void name(const Args&, int64_t, int64_t); \

@@ -1,8 +1,6 @@
-// Products of bf16 matrices by the instructions that multiply pairs of
-// neighbours along the depth and add both products to a lane of fp32: vdpbf16ps
-// (32 multiplications a lane of A's, register-blocked as in gemm.h) or AMX's
-// tdpbf16ps (tiles of 16 x 16 x 32). Both take A in rows and B as words, a word
-// being a pair. Include it only from
+// Products of bf16 matrices by the instructions that multiply pairs of neighbours along the depth and add both products
+// to a lane of fp32: vdpbf16ps (32 multiplications a lane of A's, register-blocked as in gemm.h) or AMX's tdpbf16ps
+// (tiles of 16 x 16 x 32). Both take A in rows and B as words, a word being a pair. Include it only from
 // *_pairs_kernel.cpp. Both take subnormal numbers for 0, and round no product.
 #pragma once
 
@@ -28,8 +26,7 @@ constexpr N whole_panels(N n) {
   return (n + kPanel - 1) / kPanel * kPanel;
 }
 
-// A, rows of bf16: element (r, k) is data[k / kPanel * panel + r * row + k %
-// kPanel].
+// A, rows of bf16: element (r, k) is data[k / kPanel * panel + r * row + k % kPanel].
 struct PairRows {
   const BFloat16* data;
   int64_t row, panel = kPanel;
@@ -53,8 +50,7 @@ inline Vec<uint32_t> load_words(const BFloat16* p, int64_t count) {
   return bit_cast<Vec<uint32_t>>(_mm512_maskz_loadu_epi16(mask, p));
 }
 
-// Words of the elements [first, first + 16) of a, in the low halves, and those
-// of b that start at `second`, of 32.
+// Words of 16 of a's 32 elements, from `first` on, in the low halves, and 16 of b's, from `second` on.
 template <int first, int second>
 Vec<uint32_t> interleaved(Vec<uint32_t> a, Vec<uint32_t> b) {
   using Halves [[gnu::vector_size(64)]] = uint16_t;
@@ -75,13 +71,16 @@ inline Vec<uint32_t> narrow_pairs(Vec<float> a, Vec<float> b) {
   return interleaved<0, 16>(both, both);
 }
 
-// kPanel elements of a row.
-inline void narrow_row(const float* from, BFloat16* to) {
-  store(reinterpret_cast<uint32_t*>(to), narrow(load(from), load(from + kLanes<float>)));
+// `count` elements of a row that whole vectors can be read from, and something up to a whole panel.
+inline void narrow_row(const float* from, int64_t count, BFloat16* to) {
+  constexpr int lanes = kLanes<float>;
+  for (int64_t i = 0; i < count; i += kPanel) {
+    const Vec<float> next = i + lanes < count ? load(from + i + lanes) : Vec<float>{};
+    store(reinterpret_cast<uint32_t*>(to + i), narrow(load(from + i), next));
+  }
 }
 
-// The pairs of neighbouring rows of a matrix (rows, columns): (rows / 2,
-// width), and zeros up to a whole panel of rows.
+// The pairs of neighbouring rows of a matrix (rows, columns): (rows / 2, width), and zeros up to a whole panel of rows.
 inline void pair_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t width,
                       uint32_t* to) {
   for (int64_t row = 0; row < whole_panels(rows); row += 2, to += width) {
@@ -110,8 +109,7 @@ void multiply_pairs_lanes(int64_t depth, PairRows a, const uint32_t* b, int64_t 
     for (int r = 0; r < rows; ++r) {
       const Vec<uint32_t> factor = splat<uint32_t>(word(r));
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v)  // casts, not bit_cast, whose copies
-                                         // would keep the sums in memory
+      for (int v = 0; v < vectors; ++v)  // casts, not bit_cast, whose copies would keep the sums in memory
         total[r][v] = (Vec<float>)_mm512_dpbf16_ps((__m512)total[r][v], (__m512bh)factor, (__m512bh)column[v]);
     }
     b += b_stride;
@@ -133,8 +131,7 @@ void multiply_pairs_lanes(int64_t depth, PairRows a, const uint32_t* b, int64_t 
 
 #if defined(__AMX_BF16__)
 
-// 16 rows from `row` on and a panel of A from k on; what lies beyond `rows` and
-// `depth` is not read, and 0.
+// 16 rows from `row` on and a panel of A from k on; what lies beyond `rows` and `depth` is not read, and 0.
 inline const BFloat16* amx_rows(const PairRows& a, int64_t row, int64_t rows, int64_t k, int64_t depth, uint32_t* edge,
                                 int64_t& stride) {
   if (row + 16 <= rows && k + kPanel <= depth) {
@@ -192,9 +189,8 @@ void multiply_pairs_tiles(int64_t row, int64_t rows, int64_t depth, const PairRo
 
 #endif
 
-// C (rows, columns) from A (rows, depth) and B (depth, columns), whose words (k
-// / 2, column) hold its elements (k, column) and (k + 1, column); columns is a
-// multiple of the lanes.
+// C (rows, columns) from A (rows, depth) and B (depth, columns), whose words (k / 2, column) hold its elements
+// (k, column) and (k + 1, column); columns is a multiple of the lanes.
 inline void multiply_pairs(int64_t rows, int64_t columns, int64_t depth, const PairRows& a, const uint32_t* b,
                            int64_t b_stride, float* c, int64_t c_stride, const Update<float>& update) {
 #if defined(__AMX_BF16__)
