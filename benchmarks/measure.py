@@ -18,18 +18,8 @@ from pyllm.graphs import graphed
 # forward runs without gradient; recorded is a forward that a backward can follow; step is both with the optimiser.
 PASSES = ("forward", "backward", "both")
 OVERHEAD_PASSES = ("forward", "recorded", "both")
-PEERS = (
-    "compile",
-    *BACKENDS,
-    "liger",
-    "sdpa-flash",
-    "sdpa-cudnn",
-    "sdpa-efficient",
-    "flex",
-    "chunked",
-    "hf",
-    "graphed",
-)
+SDPA = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+PEERS = ("compile", *BACKENDS, "liger", *SDPA, "flex", "chunked", "hf", "graphed")
 DEFAULT_PEERS = ("compile", "sdpa-flash", "sdpa-cudnn", "chunked", "hf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 AUTOCAST = "autocast"  # what computes in bf16 on tensors that are fp32

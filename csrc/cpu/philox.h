@@ -28,9 +28,8 @@ inline Vec<uint64_t> product(Vec<uint64_t> a, uint32_t b) {
 #endif
 }
 
-// The ten rounds on four counter words, in place. Even and odd lanes go apart,
-// each in the low half of a 64-bit lane, since that is what a multiplication
-// reads; the high halves hold whatever is left there.
+// The ten rounds on four counter words, in place. Even and odd lanes go apart, each in the low half of a 64-bit lane,
+// since that is what a multiplication reads; the high halves hold whatever is left there.
 inline void philox(const Dropout& dropout, Words (&c)[4]) {
   using Wide = Vec<uint64_t>;
   Wide halves[2][4];
