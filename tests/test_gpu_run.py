@@ -17,16 +17,6 @@ from pyllm.benchmarks.measure import Case
 ROOT = Path(__file__).parent.parent
 MEASURED = ("norms", "softmaxes", "losses", "attention_64", "attention_128", "attention_256")
 MEASURED += ("decoding", "layers", "overhead")
-    "norms",
-    "softmaxes",
-    "losses",
-    "attention_64",
-    "attention_128",
-    "attention_256",
-    "decoding",
-    "layers",
-    "overhead",
-)
 TESTS = ("-k", "test_large_scores and native")
 
 
