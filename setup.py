@@ -1,17 +1,20 @@
 """Builds the compiled part of pyllm with ninja: the CPU kernels, the CUDA kernels, and the pybind11 module pyllm._C.
 
 libpyllm_cpu.so and libpyllm_cuda.so are on PyTorch's stable ABI: one binary for every PyTorch from 2.11 and every
-Python. Each csrc/cpu/*_kernel.cpp is compiled once for each instruction set; the right one is picked at run time.
-Without a C++ compiler the package installs without this part, without nvcc of CUDA 13 without the CUDA kernels. Whether
-PyTorch has CUDA, or the machine a GPU, makes no difference to the build.
+Python. Each csrc/cpu/*_kernel.cpp is compiled once for each instruction set, *_pairs_kernel.cpp for those that multiply
+pairs of bf16; the right one is picked at run time. Without a C++ compiler the package installs without this part,
+without nvcc of CUDA 13 without the CUDA kernels. Whether PyTorch has CUDA, or the machine a GPU, makes no difference to
+the build.
 
 Environment: CXX, the C++ compiler. PYLLM_CUDA=1 demands the CUDA kernels, 0 leaves them out. PYLLM_CUDA_ARCHS: the
-architectures to compile them for instead of all, such as "90a" or "80,86".
+architectures to compile them for instead of all, such as "90a" or "80,86". PYLLM_CUDA_HEAD_DIMS, for development:
+the head_dims to compile attention for instead of all, such as "64".
 """
 
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,14 +28,18 @@ ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / "native"
 STABLE_ABI = "0x020b000000000000"  # PyTorch 2.11
 INSTRUCTION_SETS = {"portable": ""}
+PAIR_SETS: dict[str, str] = {}  # with products of pairs of bf16
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+    PAIR_SETS["avx512bf16"] = f"{INSTRUCTION_SETS['avx512']} -mavx512bf16"
+    PAIR_SETS["amx"] = f"{PAIR_SETS['avx512bf16']} -mamx-tile -mamx-bf16"
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"
 LIBRARY = "libpyllm_cpu.so"
 CUDA_LIBRARY = "libpyllm_cuda.so"
 # PyTorch's builds for CUDA 13 have loaded it before: one runtime in the process, and one current device.
 CUDA_RUNTIME = "libcudart.so.13"
+INSTANCES = runpy.run_path(str(ROOT / "csrc" / "cuda" / "instances.py"))
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -74,6 +81,27 @@ def cuda_architectures() -> list[str]:
     return [f"sm_{a}" for a in re.split(r"[,; ]+", asked)] if asked else ["sm_80", "sm_90a", "sm_100a", "compute_100"]
 
 
+def cuda_head_dims() -> list[int]:
+    """Those that kernels are compiled for, ascending."""
+    known = INSTANCES["HEAD_DIMS"]
+    asked = os.environ.get("PYLLM_CUDA_HEAD_DIMS")
+    dims = sorted(int(dim) for dim in re.split(r"[,; ]+", asked)) if asked else list(known)
+    if not set(dims) <= set(known):
+        raise SystemExit(f"pyllm: PYLLM_CUDA_HEAD_DIMS must be some of {known}, got {asked}")
+    return dims
+
+
+def cuda_instances() -> list[Path]:
+    """The units of instances.py, written to BUILD where they differ from what is there."""
+    units = []
+    for name, text in INSTANCES["instances"](cuda_head_dims()).items():
+        unit = BUILD / f"{name}.cu"
+        if not unit.exists() or unit.read_text() != text:
+            unit.write_text(text)
+        units.append(unit)
+    return units
+
+
 def cuda_runtime_folder(nvcc: Path) -> Path:
     """Where the toolkit of this nvcc keeps CUDA_RUNTIME."""
     told = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
@@ -113,32 +141,37 @@ def write_ninja_file(cxx: str, nvcc: Path | None) -> list[str]:
         products = [LIBRARY, MODULE]
         architectures = ",".join(cuda_architectures()) if nvcc else ""
         facts = f'-DPYLLM_CUDA_ARCHITECTURES=\\"{architectures}\\"'
+        facts += f' -DPYLLM_CUDA_HEAD_DIMS=\\"{",".join(map(str, cuda_head_dims()))}\\"'
         if nvcc:  # first, since it takes longest
             products.append(CUDA_LIBRARY)
             ninja.variable("nvcc", str(nvcc))
-            ninja.variable("nvccflags", f"-std=c++20 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden {facts}")
+            ninja.variable("nvccflags", "-std=c++20 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden")
             for architecture in cuda_architectures():
                 virtual = architecture.replace("sm_", "compute_")
                 ninja.variable("nvccflags", f"$nvccflags -gencode arch={virtual},code={architecture}")
-            command = "$nvcc $nvccflags $torch -DUSE_CUDA -MD -MF $out.d -c $in -o $out"
+            command = "$nvcc $nvccflags $facts $torch -DUSE_CUDA -MD -MF $out.d -c $in -o $out"
             ninja.rule("compile_cuda", command, depfile="$out.d", deps="gcc", description="$out")
-            sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-            objects = [ninja.build(f"{s.stem}.cuda.o", "compile_cuda", str(s))[0] for s in sources]
+            objects = []
+            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+                objects += ninja.build(f"{source.stem}.cuda.o", "compile_cuda", str(source), variables={"facts": facts})
+            for source in cuda_instances():  # which do not depend on the facts; the shortest last
+                objects += ninja.build(f"{source.stem}.cuda.o", "compile_cuda", str(source))
             libraries = f"-L{cuda_runtime_folder(nvcc)} -l:{CUDA_RUNTIME} -L{torch_root / 'lib'} -ltorch_cpu"
             ninja.build(CUDA_LIBRARY, "link", objects, variables={"flags": libraries})
 
         objects = [compile_one(ROOT / "csrc" / "library.cpp", "$torch")]
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             if source.stem.endswith("_kernel"):
+                sets = PAIR_SETS if source.stem.endswith("_pairs_kernel") else INSTRUCTION_SETS
                 objects += [
                     compile_one(source, f"-I{ROOT / 'csrc'} -DPYLLM_ISA={isa} {flags}", f".{isa}")
-                    for isa, flags in INSTRUCTION_SETS.items()
+                    for isa, flags in sets.items()
                 ]
             else:
                 objects.append(compile_one(source, "$torch"))
         ninja.build(LIBRARY, "link", objects, variables={"flags": f"-L{torch_root / 'lib'} -ltorch_cpu"})
 
-        facts += f' -DPYLLM_TORCH=\\"{torch.__version__}\\" -DPYLLM_ISAS=\\"{",".join(INSTRUCTION_SETS)}\\"'
+        facts += f' -DPYLLM_TORCH=\\"{torch.__version__}\\" -DPYLLM_ISAS=\\"{",".join(INSTRUCTION_SETS | PAIR_SETS)}\\"'
         module = compile_one(ROOT / "csrc" / "module.cpp", f"-I{ROOT / 'csrc'} $python {facts}")
         ninja.build(MODULE, "link", module)
         ninja.default(products)

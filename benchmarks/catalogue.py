@@ -1,5 +1,7 @@
-"""Every benchmark, by name."""
+"""Every benchmark, by name, and groups of them."""
 
-from pyllm.benchmarks import attention, cross_entropy, layers, norm, softmax
+from pyllm.benchmarks import activation, attention, cross_entropy, layers, norm, rotary, softmax
 
-BENCHMARKS = {b.name: b for m in (norm, softmax, cross_entropy, attention, layers) for b in m.BENCHMARKS}
+_OPERATORS = (norm, softmax, activation, rotary, cross_entropy, attention)
+BENCHMARKS = {b.name: b for module in (*_OPERATORS, layers) for b in module.BENCHMARKS}
+GROUPS = {"all": tuple(BENCHMARKS.values()), "layers": layers.BENCHMARKS}

@@ -11,22 +11,19 @@ import torch
 from torch import Tensor
 
 from pyllm.backend import CannotRun, unavailable, use_backend
-from pyllm.benchmarks import attention, cross_entropy, norm, softmax
+from pyllm.benchmarks import activation, attention, cross_entropy, norm, rotary, softmax
 from pyllm.benchmarks.measure import Benchmark, Case, staged
 
 KERNEL_BACKENDS = ("native", "triton")
-BENCHMARKS: tuple[Benchmark, ...] = (
-    *norm.BENCHMARKS,
-    *softmax.BENCHMARKS,
-    *cross_entropy.BENCHMARKS,
-    *attention.BENCHMARKS,
+BENCHMARKS: tuple[Benchmark, ...] = tuple(
+    b for module in (norm, softmax, activation, rotary, cross_entropy, attention) for b in module.BENCHMARKS
 )
 # By the number of sizes: odd widths, which misalign rows, and rows that several blocks share; tiles with a remainder.
 EDGES = {
     2: ((5, 63), (33, 1000), (2, 20001)),
     3: ((2, 5, 63), (1, 33, 1000), (1, 2, 20001)),
     4: ((1, 2, 130, 64), (2, 1, 33, 80)),
-    5: ((2, 4, 2, 70, 64),),
+    5: ((2, 4, 2, 70, 64), (1, 8, 1, 2100, 96)),
 }
 
 

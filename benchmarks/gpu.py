@@ -26,12 +26,14 @@ import pyllm
 from pyllm import doctor
 from pyllm.benchmarks import exercise, report, timing
 from pyllm.benchmarks.catalogue import BENCHMARKS
-from pyllm.benchmarks.measure import DTYPES, OVERHEAD_PASSES, Case, Result, first_line, measure
+from pyllm.benchmarks.measure import AUTOCAST, DTYPES, OVERHEAD_PASSES, Case, Result, first_line, measure
 
 ELEMENTS = 2**26  # of a large tensor: its bytes are several times what a cache holds
 TOKENS = 2**14
 ROW_PEERS = ("compile", "liger", "triton")
-ATTENTION_PEERS = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex")
+LAYER_PEERS = ("compile", "hf", "graphed")
+ATTENTION_PEERS = ("native", "triton", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex")
+DECODING_PEERS = ("native", "triton")  # and eager: SDPA on the whole cache
 GRACE = 30  # seconds that a part may be over its limit, a long kernel or program not yet ended
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 
@@ -179,13 +181,45 @@ def losses(run: Run) -> Report:
     return _measured(run, planned, ("compile", "triton", "chunked"))
 
 
-def attention(run: Run) -> Report:
-    planned = []
-    for length in (2048, 8192, 16384):
-        for dim in (128, 64):
-            shape = (TOKENS // length, 2048 // dim, length, dim)
-            planned += _cases("attention", [shape], variants=["causal", ""])
-    return _measured(run, planned, ATTENTION_PEERS)
+def attention_64(run: Run) -> Report:
+    return _attention(run, 64)
+
+
+def attention_128(run: Run) -> Report:
+    return _attention(run, 128)
+
+
+def attention_256(run: Run) -> Report:
+    return _attention(run, 256)
+
+
+def _attention(run: Run, dim: int) -> Report:
+    """Lengths from 512 to 16k of as many tokens, causal and not; the targets' lengths first."""
+    shapes = [(TOKENS // n, 2048 // dim, n, dim) for n in (16384, 2048, 8192, 4096, 1024, 512)]
+    return _measured(run, _cases("attention", shapes, variants=["causal", ""]), ATTENTION_PEERS)
+
+
+def decoding(run: Run) -> Report:
+    """One token on long caches: many sequences and one, as many key heads as heads and fewer; few keys at last."""
+    shapes = [(batch, 32, kv_heads, 16384, 128) for batch in (1, 16) for kv_heads in (8, 32)]
+    shapes += [(64, 16, 16, 2048, 64), (8, 16, 2, 8192, 256), (1, 32, 8, 131072, 128), (64, 32, 8, 512, 128)]
+    return _measured(run, _cases("attention_decode", shapes), DECODING_PEERS)
+
+
+def layers(run: Run) -> Report:
+    """Training steps of full size, padded batches too; then of few tokens, end to end, where launches take the time."""
+    full = _cases("bert_layer", [(32, 512, 768)], variants=["full", "half padded", "log-normal"], directions=("both",))
+    full += _cases("gpt2_block", [(32, 512, 1024)], variants=["full", "half padded"], directions=("both",))
+    full += _cases("llama_block", [(4, 2048, 2048)], variants=["full"], directions=("both",))
+    full += _cases("t5_encoder_block", [(32, 512, 768)], variants=["full", "half padded"], directions=("both",))
+    full += _cases("t5_decoder_block", [(32, 512, 768)], variants=["full"], directions=("both",))
+    full += _cases("bert_layer", [(32, 512, 768)], AUTOCAST, ["full"], ("both", "forward"))
+    few = []
+    for name, width in (("bert_layer", 768), ("gpt2_block", 1024), ("llama_block", 2048)):
+        few += _cases(name, [(4, 256, width)], variants=["full"], directions=("both", "step"))
+    reports = [_measured(run, full, LAYER_PEERS), _measured(run, few, LAYER_PEERS, end_to_end=True)]
+    state = "failed" if any(one.state == "failed" for one in reports) else "ok"
+    return Report(state, [line for one in reports for line in one.lines], [row for one in reports for row in one.rows])
 
 
 def overhead(run: Run) -> Report:
@@ -195,7 +229,7 @@ def overhead(run: Run) -> Report:
         planned += _cases(benchmark.name, [benchmark.tiny], directions=OVERHEAD_PASSES)
     for name in ("rms_norm", "layer_norm"):
         planned += _cases(name, [(1024, 1024)], directions=OVERHEAD_PASSES)
-    return _measured(run, planned, ("triton",), end_to_end=True)
+    return _measured(run, planned, ("triton",), True, report.overhead_table)
 
 
 def defaults(run: Run) -> Report:
@@ -223,7 +257,9 @@ def _cases(
     ]
 
 
-def _measured(run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_end: bool = False) -> Report:
+def _measured(
+    run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_end: bool = False, table: Callable = report.table
+) -> Report:
     """Measures the cases as far as time allows; a quick run takes one of each benchmark, tiny, and compiles nothing."""
     if run.quick:
         planned = list({case.benchmark.name: case for case in planned}.values())
@@ -242,7 +278,7 @@ def _measured(run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_en
             results.append(Result(placed, "default", problem=first_line(error)))
     console = Console(width=220, color_system=None)
     with console.capture() as told:
-        console.print(report.overhead_table(results) if end_to_end else report.table(results))
+        console.print(table(results))
     lines = told.get().splitlines()
     lines += dict.fromkeys(f"not measured: {name}: {why}" for r in results for name, why in r.refused.items())
     if missing:
@@ -253,7 +289,10 @@ def _measured(run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_en
 
 PARTS: dict[str, Callable[[Run], Report]] = {
     part.__name__: part
-    for part in (build, tests, sanitizer, races, ceilings, norms, softmaxes, losses, attention, overhead, defaults)
+    for part in (
+        *(build, tests, sanitizer, races, ceilings, norms, softmaxes, losses),
+        *(attention_128, attention_64, attention_256, decoding, layers, overhead, defaults),
+    )
 }
 
 

@@ -8,17 +8,40 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 from pyllm import testing
 from pyllm.backend import BACKENDS, recording, use_backend
 from pyllm.benchmarks import timing
+from pyllm.graphs import graphed
 
-# forward runs without gradient; recorded is a forward that a backward can follow.
+# forward runs without gradient; recorded is a forward that a backward can follow; step is both with the optimiser.
 PASSES = ("forward", "backward", "both")
 OVERHEAD_PASSES = ("forward", "recorded", "both")
-PEERS = ("compile", *BACKENDS, "liger", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex", "chunked")
-DEFAULT_PEERS = ("compile", "sdpa-flash", "sdpa-cudnn", "chunked")
+SDPA = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+PEERS = ("compile", *BACKENDS, "liger", *SDPA, "flex", "chunked", "hf", "graphed")
+DEFAULT_PEERS = ("compile", "sdpa-flash", "sdpa-cudnn", "chunked", "hf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+AUTOCAST = "autocast"  # what computes in bf16 on tensors that are fp32
+DTYPES[AUTOCAST] = torch.bfloat16
+
+
+Call = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A call that has leaves of its own, such as a model whose parameters are split in another way.
+
+    captured: the call that a whole step, optimiser included, is a CUDA graph of.
+    """
+
+    call: Call
+    leaves: list[Tensor]
+    captured: Call | None = None
+
+    def __call__(self) -> Tensor | tuple[Tensor, ...]:
+        return self.call()
 
 
 @dataclass(frozen=True)
@@ -26,15 +49,27 @@ class Workload:
     """One operation on given tensors. calls: without arguments, by implementation, PyTorch's eager one first.
 
     leaves: what backward differentiates. check(backend) raises AssertionError unless pyllm's numbers are in the budget.
-    peers: more calls, timed where they are asked for by name.
+    peers: more calls, timed where they are asked for by name; late: the same, made when they are asked for.
+    modules: what is to be in training or evaluation mode. used: True where an output counts, broadcast; elsewhere its
+    gradient is 0.
     """
 
-    calls: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
+    calls: dict[str, Call]
     leaves: list[Tensor]
     check: Callable[[str | None], None]
-    peers: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = field(default_factory=dict)
+    peers: dict[str, Call] = field(default_factory=dict)
+    late: dict[str, Callable[[], Call]] = field(default_factory=dict)
+    modules: tuple[Module, ...] = ()
+    used: Tensor | None = None
 
-    def peer(self, name: str) -> Callable[[], Tensor | tuple[Tensor, ...]] | None:
+    def staged(self, call: Call, direction: str) -> Callable[[], object]:
+        """The part of a call that a pass times."""
+        leaves = call.leaves if isinstance(call, Peer) else self.leaves
+        if direction == "step" and isinstance(call, Peer) and call.captured is not None:
+            return graphed(staged(call.captured, leaves, direction, self.used))
+        return staged(call, leaves, direction, self.used)
+
+    def peer(self, name: str) -> Call | None:
         """`compile` is the eager call compiled, a backend's name is pyllm on that backend; None: there is none."""
         if name in ("compile", "flex"):
             torch._dynamo.reset()  # or so many shapes have been compiled for that the next one is not
@@ -43,7 +78,7 @@ class Workload:
             return torch.compile(self.calls["eager"], dynamic=False)
         if name in BACKENDS:
             return use_backend_in(name, self.calls["pyllm"])
-        return self.peers.get(name)
+        return self.late[name]() if name in self.late else self.peers.get(name)
 
 
 @dataclass(frozen=True)
@@ -53,7 +88,8 @@ class Benchmark:
     build makes the workload of a shape, whose sizes `axes` names. `small` is the shape with fewer independent rows or
     heads, on which the numbers are checked. variants: options of build, by label. Either moved (elements that each pass
     has to read and write at least) or flops is given: (shape, **options) -> (forward, backward). passes: those it has.
-    grid: shapes of the first tensor, over which the fastest backend may change.
+    grid: shapes of the first tensor, over which the fastest backend may change. tokens: (shape, **options) -> how many
+    a call computes, without padding. autocasts: whether build takes autocast=True, for parameters in fp32.
     """
 
     name: str
@@ -67,6 +103,13 @@ class Benchmark:
     variants: dict[str, dict] = field(default_factory=lambda: {"": {}})
     passes: tuple[str, ...] = PASSES
     grid: tuple[tuple[int, ...], ...] = ()
+    tokens: Callable[..., int] | None = None
+    autocasts: bool = False
+
+    @property
+    def unit(self) -> str:
+        """Of the work that a rate counts."""
+        return "B/s" if self.moved else "FLOP/s"
 
 
 @dataclass(frozen=True)
@@ -89,9 +132,13 @@ class Case:
         return self.benchmark.variants[self.variant]
 
     def workload(self, shape: tuple[int, ...] | None = None) -> Workload:
-        """Random inputs, the same at every call, of the case's shape or of another."""
+        """Random inputs, the same at every call, of the case's shape or of another; inference is in evaluation mode."""
         torch.manual_seed(0)
-        return self.benchmark.build(shape or self.shape, DTYPES[self.dtype], self.device, **self.options)
+        options = self.options | ({"autocast": True} if self.dtype == AUTOCAST else {})
+        workload = self.benchmark.build(shape or self.shape, DTYPES[self.dtype], self.device, **options)
+        for module in workload.modules:
+            module.train(self.direction != "forward")
+        return workload
 
     def problem(self, backend: str | None) -> str | None:
         """Why pyllm's numbers are wrong on a small version of this case, or None."""
@@ -108,7 +155,8 @@ class Result:
 
     rate is pyllm's bytes or FLOP per second, share what part that is of the machine's limit. problem: why there is no
     time. fresh_pages: outputs so large that each call has them faulted in anew by the kernel. memory: bytes that a call
-    holds at most beyond its inputs, by implementation. refused: why peers could not run.
+    holds at most beyond its inputs, by implementation; saved: what its forward keeps for its backward. end_to_end: the
+    time of the host's launches is in it. refused: why peers could not run.
     """
 
     case: Case
@@ -121,6 +169,8 @@ class Result:
     share: float | None = None
     problem: str | None = None
     memory: dict[str, int] = field(default_factory=dict)
+    saved: dict[str, int] = field(default_factory=dict)
+    end_to_end: bool = False
     refused: dict[str, str] = field(default_factory=dict)
 
     def row(self) -> dict:
@@ -135,9 +185,14 @@ class Result:
             "variant": case.variant,
             "pass": case.direction,
         }
-        for name, by_peer in (("seconds", self.seconds), ("ratio", self.ratio), ("peak_bytes", self.memory)):
+        measured = {"seconds": self.seconds, "ratio": self.ratio, "peak_bytes": self.memory, "saved_bytes": self.saved}
+        if case.benchmark.tokens is not None:
+            tokens = case.benchmark.tokens(case.shape, **case.options)
+            measured["tokens_per_second"] = {name: tokens / seconds for name, seconds in self.seconds.items()}
+        for name, by_peer in measured.items():
             row |= {f"{name}_{peer}": value for peer, value in by_peer.items()}
-        return row | {n: getattr(self, n) for n in ("backend", "fresh_pages", "spread", "rate", "share", "problem")}
+        names = ("backend", "fresh_pages", "end_to_end", "spread", "rate", "share", "problem")
+        return row | {"rate_unit": case.benchmark.unit} | {name: getattr(self, name) for name in names}
 
 
 def cases(
@@ -171,7 +226,7 @@ def measure(
     with use_backend(backend):
         problem = case.problem(backend)
         if problem is not None:
-            yield Result(case, backend or "default", problem=problem)
+            yield Result(case, backend or "default", problem=problem, end_to_end=end_to_end)
             return
         workload = case.workload()
         with recording() as choices:
@@ -181,44 +236,65 @@ def measure(
         size = max(tensor.nbytes for tensor in made)  # of a result, or of a gradient
         del outputs, made
         large = case.device == "cpu" and size > timing.FRESH_PAGES_FROM
-        calls = {name: staged(call, workload.leaves, case.direction) for name, call in workload.calls.items()}
+        called = dict(workload.calls)
+        calls = {name: workload.staged(call, case.direction) for name, call in called.items()}
         refused = {}
         for name in peers:
-            peer = workload.peer(name)
-            if peer is not None:
-                try:
-                    with torch.set_grad_enabled(case.direction != "forward"):
-                        timed = staged(peer, workload.leaves, case.direction)
-                        timed()
-                    calls[name] = timed
-                except Exception as error:  # not installed, not for this shape or device, or whatever a peer may raise
-                    refused[name] = first_line(error)
+            try:
+                peer = workload.peer(name)
+                if peer is None:
+                    continue
+                with torch.set_grad_enabled(case.direction != "forward"):
+                    timed = workload.staged(peer, case.direction)
+                    timed()
+                called[name], calls[name] = peer, timed
+            except Exception as error:  # not installed, not for this shape or device, or whatever a peer may raise
+                refused[name] = first_line(error)
         for warm in (False, True) if large else (False,):
             if large and not timing.warm_allocator(16 * size if warm else 0) and warm:
                 continue
             with torch.set_grad_enabled(case.direction != "forward"):
                 times = timing.paired(calls, case.device, **timing_options)
                 memory = {name: timing.peak_memory(call, case.device) for name, call in calls.items()}
+                saved = {}
+                if case.direction in ("both", "step"):
+                    saved = {name: timing.saved_memory(call, case.device) for name, call in called.items()}
             rate, share = _rate(case, times.seconds["pyllm"], quick)
             measured = (times.seconds, times.ratio, times.spread, rate, share)
-            yield Result(case, ran, large and not warm, *measured, memory=memory, refused=refused)
+            others = {"memory": memory, "saved": saved, "end_to_end": end_to_end, "refused": refused}
+            yield Result(case, ran, large and not warm, *measured, **others)
         if large:
             timing.warm_allocator(0)
 
 
-def staged(call: Callable, leaves: list[Tensor], direction: str) -> Callable[[], object]:
-    """The part of a call that a pass times; backward alone reuses one graph."""
+def staged(call: Call, leaves: list[Tensor], direction: str, used: Tensor | None = None) -> Callable[[], object]:
+    """The part of a call that a pass times; backward alone reuses one graph. used: as in `Workload`."""
     if direction in ("forward", "recorded"):
         return call
     # A loss is where a backward starts.
     cotangents = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in _outputs(call())]
+    if used is not None:
+        cotangents = [c.masked_fill_(~used, 0.0) for c in cotangents]
 
     def gradients(outputs, retain_graph):
         return torch.autograd.grad(outputs, leaves, cotangents, retain_graph=retain_graph)
 
+    if direction == "backward":
+        return partial(gradients, _outputs(call()), True)
     if direction == "both":
         return lambda: gradients(_outputs(call()), False)
-    return partial(gradients, _outputs(call()), True)
+    parameters = [leaf for leaf in leaves if isinstance(leaf, Parameter)]
+    # Its whole arithmetic, and the weights stay.
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True, capturable=parameters[0].is_cuda)
+
+    def step() -> None:
+        for leaf, gradient in zip(leaves, gradients(_outputs(call()), False), strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
 
 
 def _outputs(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -244,7 +320,7 @@ def _rate(case: Case, seconds: float, quick: bool) -> tuple[float | None, float 
         return None, None
     benchmark = case.benchmark
     forward, backward = (benchmark.moved or benchmark.flops)(case.shape, **case.options)
-    work = {"forward": forward, "backward": backward, "both": forward + backward}[case.direction]
+    work = {"forward": forward, "backward": backward}.get(case.direction, forward + backward)
     work *= DTYPES[case.dtype].itemsize if benchmark.moved else 1
     return work / seconds, work / seconds / limit(case, quick)
 
@@ -259,13 +335,12 @@ def limit(case: Case, quick: bool = False) -> float:
 def limits(some: Sequence[Case], quick: bool = False) -> dict[str, str]:
     """The measured limits that the shares of these cases refer to, in words."""
     named = {"copy" if case.benchmark.moved else f"{case.dtype} matrix product": case for case in some}
-    return {name: rate(case, limit(case, quick)) for name, case in named.items()}
+    return {name: rate(limit(case, quick), case.benchmark.unit) for name, case in named.items()}
 
 
-def rate(case: Case, per_second: float) -> str:
-    """A rate with its unit."""
-    unit = "GB/s" if case.benchmark.moved else "GFLOP/s"
-    return f"{per_second / 1e9:.{1 if per_second < 1e11 else 0}f} {unit}"
+def rate(per_second: float, unit: str) -> str:
+    """A rate in words; unit: "B/s" or "FLOP/s"."""
+    return f"{per_second / 1e9:.{1 if per_second < 1e11 else 0}f} G{unit}"
 
 
 def randn(*shape: int, dtype: torch.dtype, device: str, grad: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""layer_norm, rms_norm, and both with dropout and residual addition, against PyTorch's separate calls."""
+"""layer_norm, rms_norm, and both with bias, dropout and residual addition, against PyTorch's separate calls."""
 
 from functools import partial
 
@@ -18,13 +18,19 @@ def _eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight)
 
 
-def _eager_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout_p: float):
-    z = residual + F.dropout(x, dropout_p)
+def _eager_add(x: Tensor, residual: Tensor, dropout_p: float, x_bias: Tensor | None) -> Tensor:
+    return residual + F.dropout(x if x_bias is None else x + x_bias, dropout_p)
+
+
+def _eager_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout_p: float, x_bias: Tensor | None = None
+):
+    z = _eager_add(x, residual, dropout_p, x_bias)
     return F.layer_norm(z, z.shape[-1:], weight, bias), z
 
 
-def _eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, dropout_p: float):
-    z = residual + F.dropout(x, dropout_p)
+def _eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, dropout_p: float, x_bias: Tensor | None = None):
+    z = _eager_add(x, residual, dropout_p, x_bias)
     return F.rms_norm(z, z.shape[-1:], weight), z
 
 
@@ -36,7 +42,17 @@ _LIGER = {
 }
 
 
-def _build(function, eager, names, shape, dtype: torch.dtype, device: str, dropout_p: float | None = None) -> Workload:
+def _build(
+    function,
+    eager,
+    names,
+    shape,
+    dtype: torch.dtype,
+    device: str,
+    dropout_p: float | None = None,
+    x_bias: bool = False,
+) -> Workload:
+    names = (*names, "x_bias") if x_bias else names
     inputs = {n: randn(*(shape if n in ("x", "residual") else shape[1:]), dtype=dtype, device=device) for n in names}
     options = {} if dropout_p is None else {"dropout_p": dropout_p}
     peers = {} if dropout_p or function.__name__ not in _LIGER else {"liger": _LIGER[function.__name__]}
@@ -49,7 +65,7 @@ def _norm_moved(shape) -> tuple[float, float]:
     return 2 * rows * width, 3 * rows * width
 
 
-def _add_moved(shape, dropout_p: float) -> tuple[float, float]:
+def _add_moved(shape, dropout_p: float, x_bias: bool = False) -> tuple[float, float]:
     """Forward reads x, residual and writes y, z; backward reads dy, dz, z, writes dresidual and, if it differs, dx."""
     rows, width = shape
     return 4 * rows * width, (5 if dropout_p else 4) * rows * width
@@ -62,7 +78,11 @@ _ROWS = {
     "small": lambda shape: (min(shape[0], 64), shape[1]),
     "grid": tuple((2**e // n, n) for n in (256, 2048, 16384) for e in (14, 18, 22, 27)),
 }
-_DROPOUT = {"dropout 0.1": {"dropout_p": 0.1}, "dropout 0": {"dropout_p": 0.0}}
+_VARIANTS = {
+    "dropout 0.1": {"dropout_p": 0.1},
+    "dropout 0": {"dropout_p": 0.0},
+    "bias dropout 0.1": {"dropout_p": 0.1, "x_bias": True},
+}
 
 
 def _norm(function, eager, names) -> Benchmark:
@@ -72,7 +92,7 @@ def _norm(function, eager, names) -> Benchmark:
 
 def _add_norm(function, eager, names) -> Benchmark:
     build = partial(_build, function, eager, names)
-    return Benchmark(name=function.__name__, build=build, moved=_add_moved, variants=_DROPOUT, **_ROWS)
+    return Benchmark(name=function.__name__, build=build, moved=_add_moved, variants=_VARIANTS, **_ROWS)
 
 
 BENCHMARKS = (

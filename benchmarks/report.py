@@ -1,8 +1,9 @@
-"""Writes results: a table for the terminal, Markdown, CSV and JSON."""
+"""Writes results: a table for the terminal, Markdown, CSV and JSON. A row is what `Result.row` makes of one."""
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.markup import escape
@@ -10,62 +11,78 @@ from rich.table import Table
 
 from pyllm.benchmarks.measure import Result, rate
 
-
-def _peers(results: Sequence[Result]) -> list[str]:
-    """Every implementation that pyllm's is compared with, besides eager."""
-    return list(dict.fromkeys(p for r in results for p in r.ratio if p not in ("eager", "pyllm")))
+Row = dict
 
 
-def columns(peers: Sequence[str]) -> tuple[str, ...]:
-    return (
-        "case",
-        "pass",
-        "backend",
-        "pyllm",
-        "vs eager",
-        "A/A",
-        *(f"vs {p}" for p in peers),
-        "rate",
-        "of limit",
-        "memory",
-    )
+def peers(rows: Sequence[Row], measure: str = "ratio") -> list[str]:
+    """Every implementation that has a measure, besides eager and pyllm."""
+    prefix = f"{measure}_"
+    names = dict.fromkeys(n.removeprefix(prefix) for row in rows for n in row if n.startswith(prefix))
+    return [name for name in names if name not in ("eager", "pyllm")]
 
 
-def cells(result: Result, peers: Sequence[str]) -> tuple[str, ...]:
-    """One text for each column; a red case has its problem in place of numbers."""
-    case, ratio = result.case, result.ratio
-    pages = "fresh pages" if result.fresh_pages else ""
-    parts = (case.benchmark.name, "x".join(map(str, case.shape)), case.dtype, case.variant, pages)
-    name = " ".join(part for part in parts if part)
-    if result.problem:
-        return (name, case.direction, result.backend, f"RED: {result.problem}", *("",) * (len(peers) + 5))
-    return (
-        name,
-        case.direction,
-        result.backend,
-        duration(result.seconds["pyllm"]),
-        f"{ratio['pyllm']:.2f} x",
-        f"± {100 * result.spread:.0f} %",
-        *(f"{ratio['pyllm'] / ratio[peer]:.2f} x" if peer in ratio else "" for peer in peers),
-        rate(case, result.rate) if result.rate else "",
-        f"{100 * result.share:.0f} %" if result.share else "",
-        _memory(result),
-    )
+def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """What a table of these rows shows: a text of each row, by column; empty where it has none."""
+    shown: dict[str, Callable[[Row], str]] = {
+        "case": case,
+        "pass": lambda row: row["pass"],
+        "backend": lambda row: row["backend"],
+        "pyllm": _time,
+        "vs eager": partial(_against, "eager"),
+        "A/A": lambda row: f"± {100 * row['spread']:.0f} %" if "spread" in row else "",
+    }
+    shown |= {f"vs {peer}": partial(_against, peer) for peer in peers(rows)}
+    shown["rate"] = lambda row: rate(row["rate"], row["rate_unit"]) if {"rate", "rate_unit"} <= row.keys() else ""
+    shown["of limit"] = lambda row: f"{100 * row['share']:.0f} %" if "share" in row else ""
+    tokens = "tokens_per_second_pyllm"
+    if any(tokens in row for row in rows):
+        shown["tokens/s"] = lambda row: f"{row[tokens]:,.0f}" if tokens in row else ""
+    shown["memory"] = partial(_memory, "peak_bytes")
+    if any("saved_bytes_pyllm" in row for row in rows):
+        shown["saved"] = partial(_memory, "saved_bytes")
+    return shown
 
 
-def _memory(result: Result) -> str:
-    """What pyllm's call holds at most, and the part that this is of eager's."""
-    ours, theirs = (result.memory.get(name) for name in ("pyllm", "eager"))
+def case(row: Row) -> str:
+    pages = "fresh pages" if row.get("fresh_pages") else ""
+    return " ".join(part for part in (row["op"], row["shape"], row["dtype"], row.get("variant"), pages) if part)
+
+
+def _time(row: Row) -> str:
+    """A red case has its problem in place of numbers."""
+    return f"RED: {row['problem']}" if row.get("problem") else duration(row["seconds_pyllm"])
+
+
+def _against(peer: str, row: Row) -> str:
+    ratio = against(row, peer)
+    return "" if ratio is None else f"{ratio:.2f} x"
+
+
+def against(row: Row, peer: str) -> float | None:
+    """A peer's time over pyllm's, from the ratios to eager's; None where it was not timed."""
+    theirs = row.get(f"ratio_{peer}")
+    return row["ratio_pyllm"] / theirs if theirs else None
+
+
+def _memory(measure: str, row: Row) -> str:
+    """What pyllm's call takes, and the part that this is of eager's."""
+    ours, theirs = (row.get(f"{measure}_{name}") for name in ("pyllm", "eager"))
     return f"{ours / 2**20:.1f} MiB, {ours / theirs:.2f} x" if ours and theirs else ""
+
+
+def plain(results: Sequence[Result]) -> list[Row]:
+    """The rows without what they have no value for."""
+    return [{name: value for name, value in r.row().items() if value is not None} for r in results]
 
 
 def table(results: Sequence[Result]) -> Table:
     """The results for a terminal. Ratios are a peer's time over pyllm's: above 1, pyllm is faster."""
-    made, peers = Table(), _peers(results)
-    for index, column in enumerate(columns(peers)):
+    made, rows = Table(), plain(results)
+    shown = columns(rows)
+    for index, column in enumerate(shown):
         made.add_column(column, justify="left" if index < 3 else "right", min_width=None if index else 20)
-    for result in results:
-        made.add_row(*map(escape, cells(result, peers)), style="red" if result.problem else None)
+    for row in rows:
+        made.add_row(*(escape(text(row)) for text in shown.values()), style="red" if row.get("problem") else None)
     return made
 
 
@@ -93,11 +110,16 @@ def overhead_table(results: Sequence[Result]) -> Table:
 
 def write_markdown(path: Path, results: Sequence[Result], machine: dict) -> None:
     """The table with the machine above it, for docs/measured.md."""
+    _write(path, markdown(plain(results), machine))
+
+
+def markdown(rows: Sequence[Row], machine: dict) -> str:
+    """A line with the machine, and a table of the rows."""
+    shown = columns(rows)
     lines = [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
-    peers = _peers(results)
-    head = columns(peers)
-    lines += [_line(head), _line("---" for _ in head), *(_line(cells(r, peers)) for r in results)]
-    _write(path, "\n".join(lines) + "\n")
+    lines += [_line(shown), _line("---" for _ in shown)]
+    lines += [_line(text(row) for text in shown.values()) for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _line(texts) -> str:

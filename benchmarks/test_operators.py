@@ -24,7 +24,7 @@ def test_speed(benchmark, case, implementation):
         benchmark.extra_info |= {"machine": timing.machine(DEVICE), "paired": [r.row() for r in results]}
     workload = case.workload()
     call = workload.calls.get(implementation) or workload.peer(implementation)
-    timed = measure.staged(call, workload.leaves, case.direction)
+    timed = workload.staged(call, case.direction)
 
     def finished():
         timed()

@@ -9,6 +9,7 @@ seconds, on inputs that stay the same.
 
 import ctypes
 import functools
+import gc
 import itertools
 import os
 import platform
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import pyllm
@@ -141,11 +143,37 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    return max(0, *itertools.accumulate(_allocations(call)[1]), 0)
+
+
+def saved_memory(call: Callable[[], Tensor | tuple[Tensor, ...]], device: str) -> int:
+    """Bytes that a forward leaves allocated beyond its outputs: all that its backward keeps, whoever holds it.
+
+    The allocator is asked, not autograd, so that what a kernel or a compiled graph stores by itself counts as well;
+    inputs and parameters existed before and do not. An output that is kept counts for the layer that reads it.
+    """
+    call()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        outputs = call()
+        left = torch.cuda.memory_allocated() - before
+    else:
+        outputs, sizes = _allocations(call)
+        left = sum(sizes)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    storages = {s.data_ptr(): s.nbytes() for s in (output.untyped_storage() for output in outputs)}
+    return max(0, left - sum(storages.values()))
+
+
+def _allocations(call: Callable[[], object]) -> tuple[object, list[int]]:
+    """(the result of a call, the bytes of CPU memory that it took, or gave back where negative, in turn)."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler is silent
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
+        result = call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(0, *itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), 0)
+    return result, [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
 @functools.cache

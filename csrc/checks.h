@@ -84,6 +84,36 @@ struct Rows {
   }
 };
 
+// A tensor seen as rows of its last dimension, `stride` elements apart; copied where it has no such view.
+struct StridedRows {
+  Tensor tensor;
+  int64_t count = 1, width, stride;
+
+  explicit StridedRows(const Tensor& t) : tensor(has_rows(t) ? t : torch::stable::contiguous(t)) {
+    const int64_t last = tensor.dim() - 1;
+    width = stride = tensor.size(last);
+    for (int64_t d = last - 1; d >= 0; --d) {
+      if (count == 1 && tensor.size(d) != 1) stride = tensor.stride(d);
+      count *= tensor.size(d);
+    }
+  }
+
+  Array data() const { return array(tensor); }
+
+ private:
+  static bool has_rows(const Tensor& t) {
+    const int64_t last = t.dim() - 1;
+    if (t.size(last) > 1 && t.stride(last) != 1) return false;
+    int64_t expected = -1;  // of the next dimension's stride
+    for (int64_t d = last - 1; d >= 0; --d) {
+      if (t.size(d) == 1) continue;
+      if (expected >= 0 && t.stride(d) != expected) return false;
+      expected = t.stride(d) * t.size(d);
+    }
+    return true;
+  }
+};
+
 // Elements of work below which a thread of its own does not pay.
 inline constexpr int64_t kGrain = 16384;
 

@@ -38,6 +38,10 @@ inline void visit_dtype(DType dtype, Body&& body) {
   }
 }
 
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2;
+}
+
 // A matrix or vector element type known at run time: the pointer and its dtype travel together.
 struct Array {
   void* data = nullptr;
@@ -47,6 +51,8 @@ struct Array {
   PYLLM_EVERYWHERE T* as() const {
     return static_cast<T*>(data);
   }
+  // From element i on.
+  Array at(int64_t i) const { return {static_cast<char*>(data) + i * size_of(dtype), dtype}; }
 };
 
 }  // namespace pyllm

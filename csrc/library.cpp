@@ -15,21 +15,31 @@ STABLE_TORCH_LIBRARY(pyllm, m) {
   m.def("rms_norm_fwd(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor rstd) -> (Tensor, Tensor)");
   m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p,"
-      " float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? x_bias, Tensor? rng,"
+      " float dropout_p, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "add_layer_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-      " Tensor? rng, float dropout_p, ScalarType x_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+      "add_layer_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor? bias, Tensor? x_bias, Tensor mean,"
+      " Tensor rstd, Tensor? rng, float dropout_p, ScalarType x_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? rng, float dropout_p, float eps)"
-      " -> (Tensor, Tensor, Tensor)");
+      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? x_bias, Tensor? rng, float dropout_p,"
+      " float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "add_rms_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor rstd, Tensor? rng, float dropout_p,"
-      " ScalarType x_dtype) -> (Tensor, Tensor, Tensor)");
+      "add_rms_norm_bwd(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor? x_bias, Tensor rstd, Tensor? rng,"
+      " float dropout_p, ScalarType x_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("softmax_fwd(Tensor x, Tensor? attn_mask, float scale, bool is_causal) -> Tensor");
   m.def("softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
   m.def("log_softmax_fwd(Tensor x, Tensor? attn_mask, float scale, bool is_causal) -> Tensor");
   m.def("log_softmax_bwd(Tensor dy, Tensor y, float scale) -> Tensor");
+  m.def("activation_fwd(Tensor x, Tensor? up, Tensor? bias, Tensor? rng, float dropout_p, str kind) -> Tensor");
+  m.def(
+      "activation_bwd(Tensor dy, Tensor x, Tensor? up, Tensor? bias, Tensor? rng, float dropout_p, str kind)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("dropout_add_fwd(Tensor x, Tensor residual, Tensor? bias, Tensor? rng, float dropout_p) -> Tensor");
+  m.def(
+      "dropout_add_bwd(Tensor dy, Tensor? bias, Tensor? rng, float dropout_p, ScalarType x_dtype)"
+      " -> (Tensor, Tensor)");
+  m.def("rotary_fwd(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor");
+  m.def("rotary_inplace_fwd(Tensor(a0!) x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()");
   m.def("attention_fwd(" PYLLM_ATTENTION_CALL ") -> (Tensor, Tensor)");
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool mask_gradient, bool bias_gradient,"

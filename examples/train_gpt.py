@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import sys
-import sysconfig
 import time
 import zlib
 from collections.abc import Sequence
@@ -34,9 +33,9 @@ from torch import Tensor
 
 import pyllm
 from pyllm.backend import BACKENDS
+from pyllm.benchmarks.text import LIMIT, batch, standard_library
 from pyllm.benchmarks.timing import peak_memory
 
-TEXT_LIMIT = 8 * 2**20  # bytes
 CHECKPOINT = "checkpoint.safetensors"
 # What decides the losses: a checkpoint continues only a run that has all of it in common.
 CONFIGURATION = ("steps", "batch", "length", "width", "layers", "heads", "dropout", "lr", "seed", "dtype", "device")
@@ -54,36 +53,17 @@ def read_text(file: Path | None) -> tuple[Tensor, Tensor]:
     """Training and validation bytes (uint8): a file's last tenth, or every tenth file, is kept for validation."""
     if file is not None:
         try:
-            content = file.read_bytes()[:TEXT_LIMIT]
+            content = file.read_bytes()[:LIMIT]
         except OSError as error:
             raise DemoError(f"--data {file}: {error.strerror}") from error
         cut = len(content) * 9 // 10
         parts = (content[:cut], content[cut:])
     else:
-        files = _standard_library()
+        files = standard_library()
         if not files:
             raise DemoError("this Python comes without the source of its standard library: give --data FILE")
         parts = (b"".join(f for i, f in enumerate(files) if i % 10 != 9), b"".join(files[9::10]))
     return tuple(torch.frombuffer(bytearray(part or b"\0"), dtype=torch.uint8) for part in parts)
-
-
-def _standard_library() -> list[bytes]:
-    root = Path(sysconfig.get_path("stdlib"))
-    others = {"site-packages", "dist-packages", "test", "tests"}
-    files, size = [], 0
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        if others.isdisjoint(path.relative_to(root).parts) and size < TEXT_LIMIT:
-            files.append(path.read_bytes())
-            size += len(files[-1])
-    return files
-
-
-def batch(text: Tensor, size: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs and next bytes, both (size, length) int64: a pure function of the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(text) - length, (size, 1), generator=generator)
-    window = text[starts + torch.arange(length + 1)].long()
-    return window[:, :-1], window[:, 1:]
 
 
 # --- model ---

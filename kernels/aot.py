@@ -31,7 +31,7 @@ from pathlib import Path
 
 from pyllm.kernels._common import map_tuple
 
-MODULES = ("attention", "attention_decode", "cross_entropy", "norm", "softmax")
+MODULES = ("activation", "attention", "attention_decode", "cross_entropy", "dropout_add", "norm", "rotary", "softmax")
 
 # Name: (backend, architecture, lanes in a warp, bytes of shared memory that one block may have).
 TARGETS = {

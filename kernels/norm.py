@@ -1,12 +1,12 @@
-"""LayerNorm and RMSNorm over rows, with dropout and residual addition fused in front. Never run on a GPU.
+"""LayerNorm and RMSNorm over rows, with bias, dropout and residual addition fused in front. Never run on a GPU.
 
-Forward, per row: z = residual + dropout(x), or z = x; y = (z - mean) * rstd * weight + bias (RMSNorm: mean = 0). A row
-up to FORWARD_LIMIT stays in registers: statistics in two passes over them, one read and one write of memory. A longer
-one is taken in chunks, whose statistics merge pairwise (Chan et al., 1979), and read once more for y.
+Forward, per row: z = residual + dropout(x + x_bias), or z = x; y = (z - mean) * rstd * weight + bias (RMSNorm: mean =
+0). A row up to FORWARD_LIMIT stays in registers: statistics in two passes over them, one read and one write of memory.
+A longer one is taken in chunks, whose statistics merge pairwise (Chan et al., 1979), and read once more for y.
 Backward, with g = weight * dy and xhat = (z - mean) * rstd: dstream = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dz
-goes to the residual, and through dropout to x. A persistent grid sums dy * xhat and dy of its own rows in registers
+goes to the residual, and through dropout to x. A persistent grid sums dy * xhat, dy and dx of its own rows in registers
 (chunked rows: in a second walk, column by column), and a second kernel adds those partial sums in a fixed order, so the
-gradients of weight and bias are the same in every run.
+gradients of weight, bias and x_bias are the same in every run.
 
 Bytes an element of e bytes: forward 2 e (4 e with residual); backward 3 e (5 e at most with residual, dz and dropout).
 About 8 FLOPs an element forward and 14 backward: bound by memory. Statistics and sums are fp32, or fp64 for fp64.
@@ -37,10 +37,24 @@ def _dropped(x, p_rng, threshold, o_rows, first, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _stream(
-    p_x, p_residual, p_rng, threshold, o_rows, first, o_tile, m_tile, COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr
+    p_x,
+    p_residual,
+    p_x_bias,
+    p_rng,
+    threshold,
+    o_rows,
+    first,
+    o_tile,
+    m_tile,
+    N,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """z of a block [BLOCK_M, BLOCK_N], rounded as it is stored, and 0 outside."""
+    """z of a block [BLOCK_M, BLOCK_N], rounded as it is stored, and 0 in columns outside."""
     z = tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
+    if p_x_bias is not None:
+        o_cols = first + tl.arange(0, BLOCK_N)[None, :]
+        z += tl.load(p_x_bias + o_cols, mask=o_cols < N, other=0.0).to(COMPUTE)
     if p_rng is not None:
         z = _dropped(z, p_rng, threshold, o_rows, first, BLOCK_N)
     if p_residual is not None:
@@ -71,6 +85,7 @@ def norm_fwd_kernel(
     p_residual,  # [rows, N] or None
     p_weight,  # [N] or None
     p_bias,  # [N] or None
+    p_x_bias,  # [N] or None
     p_rng,  # int64 [2], None without dropout
     p_y,  # [rows, N]
     p_z,  # [rows, N], None without residual
@@ -102,13 +117,14 @@ def norm_fwd_kernel(
     # Without LOOPED both loops run once, and z stays in registers between them.
     end = N if LOOPED else 1
     if not LOOPED:
+        o_tile = o_base + o_cols
         m_tile = m_rows[:, None] & (o_cols < N)
-        z = _stream(p_x, p_residual, p_rng, threshold, o_rows, 0, o_base + o_cols, m_tile, COMPUTE, BLOCK_N)
+        z = _stream(p_x, p_residual, p_x_bias, p_rng, threshold, o_rows, 0, o_tile, m_tile, N, COMPUTE, BLOCK_N)
     for first in range(0, end, BLOCK_N):
         o_tile = o_base + first + o_cols
         m_tile = m_rows[:, None] & (first + o_cols < N)
         if LOOPED:
-            z = _stream(p_x, p_residual, p_rng, threshold, o_rows, first, o_tile, m_tile, COMPUTE, BLOCK_N)
+            z = _stream(p_x, p_residual, p_x_bias, p_rng, threshold, o_rows, first, o_tile, m_tile, N, COMPUTE, BLOCK_N)
         mean, m2 = _merge(mean, m2, z, m_tile, first, N, BLOCK_N, RMS)
         if p_z is not None:
             tl.store(p_z + o_tile, rounded(z, p_z.dtype.element_ty), mask=m_tile)
@@ -121,7 +137,7 @@ def norm_fwd_kernel(
         m_cols = first + o_cols < N
         m_tile = m_rows[:, None] & m_cols
         if LOOPED:
-            z = _stream(p_x, p_residual, p_rng, threshold, o_rows, first, o_tile, m_tile, COMPUTE, BLOCK_N)
+            z = _stream(p_x, p_residual, p_x_bias, p_rng, threshold, o_rows, first, o_tile, m_tile, N, COMPUTE, BLOCK_N)
         y = (z - mean[:, None]) * rstd[:, None]
         if p_weight is not None:
             y *= tl.load(p_weight + first + o_cols, mask=m_cols, other=0.0).to(COMPUTE)
@@ -156,6 +172,16 @@ def _scaled(dy, p_weight, first, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _load_gradient(p_dx, p_dresidual, start, first, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dx of a block [BLOCK_M, BLOCK_N] as stored, 0 outside."""
+    o_rows = tl.arange(0, BLOCK_M)[:, None]
+    o_cols = first + tl.arange(0, BLOCK_N)[None, :]
+    p_gradient = p_dresidual if p_dx is None else p_dx
+    m_tile = (start + o_rows < rows) & (o_cols < N)
+    return tl.load(p_gradient + start * N + o_rows * N + o_cols, mask=m_tile, other=0.0)
+
+
+@triton.jit
 def norm_bwd_kernel(
     p_dy,  # [rows, N]
     p_dz,  # [rows, N] or None
@@ -168,6 +194,7 @@ def norm_bwd_kernel(
     p_dresidual,  # [rows, N]
     p_dweight,  # [programs, N] partial sums, or None
     p_dbias,  # [programs, N] partial sums, or None
+    p_dx_bias,  # [programs, N] partial sums, or None
     rows,
     N,
     threshold,
@@ -183,6 +210,7 @@ def norm_bwd_kernel(
     end = N if LOOPED else 1
     dweight = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
+    dx_bias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
     for start in range(program * BLOCK_M, rows, step):
         mean_g = tl.zeros([BLOCK_M, 1], COMPUTE)
         mean_gx = tl.zeros([BLOCK_M, 1], COMPUTE)
@@ -207,33 +235,35 @@ def norm_bwd_kernel(
             if p_dz is not None:
                 dstream += tl.load(p_dz + start * N + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
             tl.store(p_dresidual + start * N + o_tile, rounded(dstream, p_dresidual.dtype.element_ty), mask=m_tile)
+            if p_rng is not None:
+                dstream = _dropped(dstream, p_rng, threshold, o_rows, first, BLOCK_N)
+            if not LOOPED:
+                dx_bias += dstream  # rows outside have rstd = 0, and no one reads columns outside
             if p_dx is not None:
-                if p_rng is not None:
-                    dstream = _dropped(dstream, p_rng, threshold, o_rows, first, BLOCK_N)
                 tl.store(p_dx + start * N + o_tile, rounded(dstream, p_dx.dtype.element_ty), mask=m_tile)
 
-    if (p_dweight is not None) or (p_dbias is not None):
+    if (p_dweight is not None) or (p_dbias is not None) or (p_dx_bias is not None):
+        if LOOPED and p_dx_bias is not None:
+            tl.debug_barrier()  # the gradients that this program has written are read again
         for first in range(0, end, BLOCK_N):
             if LOOPED:
                 dweight = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
                 dbias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
+                dx_bias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
                 for start in range(program * BLOCK_M, rows, step):
                     dy, xhat, rstd = _load_rows(p_dy, p_z, p_mean, p_rstd, start, first, rows, N, BLOCK_M, BLOCK_N)
                     dweight += dy * xhat
                     dbias += dy
+                    if p_dx_bias is not None:
+                        dx_bias += _load_gradient(p_dx, p_dresidual, start, first, rows, N, BLOCK_M, BLOCK_N)
+            o_partial = program * N + first + o_cols
             m_cols = first + o_cols < N
             if p_dweight is not None:
-                tl.store(
-                    p_dweight + program * N + first + o_cols,
-                    tl.sum(dweight, 0),
-                    mask=m_cols,
-                )
+                tl.store(p_dweight + o_partial, tl.sum(dweight, 0), mask=m_cols)
             if p_dbias is not None:
-                tl.store(
-                    p_dbias + program * N + first + o_cols,
-                    tl.sum(dbias, 0),
-                    mask=m_cols,
-                )
+                tl.store(p_dbias + o_partial, tl.sum(dbias, 0), mask=m_cols)
+            if p_dx_bias is not None:
+                tl.store(p_dx_bias + o_partial, tl.sum(dx_bias, 0), mask=m_cols)
 
 
 @triton.jit
@@ -249,13 +279,24 @@ def _column_sum(p_partials, p_sum, count, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def column_sum_kernel(
-    p_dweight_partials, p_dbias_partials, p_dweight, p_dbias, count, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    p_dweight_partials,
+    p_dbias_partials,
+    p_dx_bias_partials,
+    p_dweight,
+    p_dbias,
+    p_dx_bias,
+    count,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """[count, N] partial sums -> [N], for weight and bias, each of which may be None."""
+    """[count, N] partial sums -> [N], for weight, bias and x_bias, each of which may be None."""
     if p_dweight is not None:
         _column_sum(p_dweight_partials, p_dweight, count, N, BLOCK_M, BLOCK_N)
     if p_dbias is not None:
         _column_sum(p_dbias_partials, p_dbias, count, N, BLOCK_M, BLOCK_N)
+    if p_dx_bias is not None:
+        _column_sum(p_dx_bias_partials, p_dx_bias, count, N, BLOCK_M, BLOCK_N)
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -268,9 +309,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms):
+def _forward(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms):
     """(y, z, mean, rstd), where z is None without residual and mean for RMSNorm."""
-    x, residual, weight, bias = _contiguous(x, residual, weight, bias)
+    x, residual, weight, bias, x_bias = _contiguous(x, residual, weight, bias, x_bias)
     z = None if residual is None else residual.new_empty(x.shape)
     y = x.new_empty(x.shape) if residual is None else residual.new_empty(x.shape)
     mean, rstd = None if rms else _statistic(y), _statistic(y)
@@ -285,6 +326,7 @@ def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms):
             p_residual=residual,
             p_weight=weight,
             p_bias=bias,
+            p_x_bias=x_bias,
             p_rng=rng,
             p_y=y,
             p_z=z,
@@ -299,18 +341,19 @@ def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms):
     return y, z, mean, rstd
 
 
-def _backward(dy, dz, z, weight, bias, mean, rstd, rng, dropout_p, x_dtype):
-    """(dx, dresidual, dweight, dbias); dx is (0,) where it equals dresidual, and so are gradients of None."""
+def _backward(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype):
+    """(dx, dresidual, dweight, dbias, dx_bias); dx is (0,) where it equals dresidual, and so are gradients of None."""
     dy, dz, z, weight = _contiguous(dy, dz, z, weight)
     dresidual = z.new_empty(z.shape)
     dx = None if dropout_p == 0.0 and x_dtype == z.dtype else z.new_empty(z.shape, dtype=x_dtype)
-    dweight, dbias = (None if p is None else torch.zeros_like(p) for p in (weight, bias))
+    parameters = (weight, bias, x_bias)
+    dweight, dbias, dx_bias = gradients = [None if p is None else torch.zeros_like(p) for p in parameters]
     if z.numel():
         rows, n = rstd.shape[0], z.shape[-1]
         tile = row_tile(n, BACKWARD_LIMIT // max(1, z.element_size() // 2), per_thread=16)
         per_processor = min(16, max(1, 8192 // triton.next_power_of_2(n)))
         programs = min(triton.cdiv(rows, tile["BLOCK_M"]), per_processor * processors(z.device))
-        partials = [None if p is None else rstd.new_empty(programs, n) for p in (weight, bias)]
+        partials = [None if p is None else rstd.new_empty(programs, n) for p in parameters]
         launch(
             norm_bwd_kernel,
             (programs,),
@@ -326,12 +369,13 @@ def _backward(dy, dz, z, weight, bias, mean, rstd, rng, dropout_p, x_dtype):
             p_dresidual=dresidual,
             p_dweight=partials[0],
             p_dbias=partials[1],
+            p_dx_bias=partials[2],
             rows=rows,
             N=n,
             threshold=dropout_threshold(dropout_p),
             **tile,
         )
-        if weight is not None or bias is not None:
+        if any(p is not None for p in parameters):
             block_n = 8192 if INTERPRETED else 32
             launch(
                 column_sum_kernel,
@@ -339,8 +383,10 @@ def _backward(dy, dz, z, weight, bias, mean, rstd, rng, dropout_p, x_dtype):
                 z.device,
                 p_dweight_partials=partials[0],
                 p_dbias_partials=partials[1],
+                p_dx_bias_partials=partials[2],
                 p_dweight=dweight,
                 p_dbias=dbias,
+                p_dx_bias=dx_bias,
                 count=programs,
                 N=n,
                 BLOCK_M=128,
@@ -349,44 +395,44 @@ def _backward(dy, dz, z, weight, bias, mean, rstd, rng, dropout_p, x_dtype):
     return (
         z.new_empty(0, dtype=x_dtype) if dx is None else dx,
         dresidual,
-        z.new_empty(0) if dweight is None else dweight,
-        z.new_empty(0) if dbias is None else dbias,
+        *(z.new_empty(0) if g is None else g for g in gradients),
     )
 
 
 def layer_norm_fwd(x, weight, bias, eps):
-    y, _, mean, rstd = _forward(x, None, weight, bias, None, 0.0, eps, False)
+    y, _, mean, rstd = _forward(x, None, weight, bias, None, None, 0.0, eps, False)
     return y, mean, rstd
 
 
 def layer_norm_bwd(dy, x, weight, bias, mean, rstd):
-    return _backward(dy, None, x, weight, bias, mean, rstd, None, 0.0, x.dtype)[1:]
+    return _backward(dy, None, x, weight, bias, None, mean, rstd, None, 0.0, x.dtype)[1:4]
 
 
 def rms_norm_fwd(x, weight, eps):
-    y, _, _, rstd = _forward(x, None, weight, None, None, 0.0, eps, True)
+    y, _, _, rstd = _forward(x, None, weight, None, None, None, 0.0, eps, True)
     return y, rstd
 
 
 def rms_norm_bwd(dy, x, weight, rstd):
-    return _backward(dy, None, x, weight, None, None, rstd, None, 0.0, x.dtype)[1:3]
+    return _backward(dy, None, x, weight, None, None, None, rstd, None, 0.0, x.dtype)[1:3]
 
 
-def add_layer_norm_fwd(x, residual, weight, bias, rng, dropout_p, eps):
-    return _forward(x, residual, weight, bias, rng, dropout_p, eps, False)
+def add_layer_norm_fwd(x, residual, weight, bias, x_bias, rng, dropout_p, eps):
+    return _forward(x, residual, weight, bias, x_bias, rng, dropout_p, eps, False)
 
 
-def add_layer_norm_bwd(dy, dz, z, weight, bias, mean, rstd, rng, dropout_p, x_dtype):
-    return _backward(dy, dz, z, weight, bias, mean, rstd, rng, dropout_p, x_dtype)
+def add_layer_norm_bwd(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype):
+    return _backward(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype)
 
 
-def add_rms_norm_fwd(x, residual, weight, rng, dropout_p, eps):
-    y, z, _, rstd = _forward(x, residual, weight, None, rng, dropout_p, eps, True)
+def add_rms_norm_fwd(x, residual, weight, x_bias, rng, dropout_p, eps):
+    y, z, _, rstd = _forward(x, residual, weight, None, x_bias, rng, dropout_p, eps, True)
     return y, z, rstd
 
 
-def add_rms_norm_bwd(dy, dz, z, weight, rstd, rng, dropout_p, x_dtype):
-    return _backward(dy, dz, z, weight, None, None, rstd, rng, dropout_p, x_dtype)[:3]
+def add_rms_norm_bwd(dy, dz, z, weight, x_bias, rstd, rng, dropout_p, x_dtype):
+    dx, dresidual, dweight, _, dx_bias = _backward(dy, dz, z, weight, None, x_bias, None, rstd, rng, dropout_p, x_dtype)
+    return dx, dresidual, dweight, dx_bias
 
 
 def aot_variants(target: str) -> Iterator[tuple]:
@@ -410,6 +456,6 @@ def aot_variants(target: str) -> Iterator[tuple]:
                 rms_norm_bwd(x, x, w, rms_norm_fwd(x, w, 1e-5)[1])
             yield from ((f"rms_norm {name}", *call) for call in rms_norm[:2])
         with captured() as add:
-            y, z, mean, rstd = add_layer_norm_fwd(x, residual, w, w, rng, 0.1, 1e-5)
-            add_layer_norm_bwd(y, z, z, w, w, mean, rstd, rng, 0.1, x_dtype)
-        yield from ((f"add_layer_norm dropout {name}", *call) for call in add[:2])
+            y, z, mean, rstd = add_layer_norm_fwd(x, residual, w, w, w, rng, 0.1, 1e-5)
+            add_layer_norm_bwd(y, z, z, w, w, w, mean, rstd, rng, 0.1, x_dtype)
+        yield from ((f"add_layer_norm bias dropout {name}", *call) for call in add[:2])

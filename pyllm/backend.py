@@ -34,13 +34,16 @@ class Implementation:
 
     run takes the operator's validated arguments; unfit takes the same and returns why it cannot serve them, or None.
     fused takes the same and returns whether one kernel does it, rather than a composition of several PyTorch calls; or
-    it is the answer for every call. kernel names what runs, and takes the same to tell its tile sizes.
+    it is the answer for every call. kernel names what runs, and takes the same to tell its tile sizes. value and
+    gradient: forward and backward outside autograd, where an autograd function of more than this operator calls them.
     """
 
     run: Callable
     unfit: Callable[..., str | None] | None = None
     fused: Callable[..., bool] | bool = True
     kernel: Callable[..., str] | str = ""
+    value: Callable | None = None
+    gradient: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class use_backend:
         _override = self._before
 
 
+def asked() -> str | None:
+    """The backend that `use_backend` or PYLLM_BACKEND asks for, or None."""
+    return _override
+
+
 def unavailable(name: str, place: torch.device) -> str | None:
     """Why backend `name` cannot run on tensors of this device, or None if it can."""
     if name == "native":
@@ -117,8 +125,11 @@ def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     return {name: unavailable(name, torch.device(device)) for name in BACKENDS}
 
 
-def select(op: Operator, tensor: Tensor, *args) -> Callable:
-    """The callable that serves op(tensor, *args). Raises CannotRun if the backend asked for cannot."""
+def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool = True) -> Callable:
+    """The callable that serves op(tensor, *args), or a part of it. record: whether that is a call, for `explain`.
+
+    Raises CannotRun if the backend asked for cannot.
+    """
     device = "cpu" if tensor.is_cpu else tensor.device  # a string's hash is at hand
     for width, elements, candidates in _plan(op.name, device, tensor.dtype, is_grad_enabled(), _override):  # noqa: B007
         if not (elements or width) or (tensor.numel() >= elements and tensor.shape[-1] >= width):
@@ -130,9 +141,9 @@ def select(op: Operator, tensor: Tensor, *args) -> Callable:
             if implementation.unfit is not None:
                 why = implementation.unfit(tensor, *args)
             if why is None:
-                if _recording is not None:
+                if _recording is not None and record:
                     _record(op, name, "; ".join([reason, *refusals]), tensor, *args)
-                return implementation.run
+                return getattr(implementation, part)
         refusals.append(f"backend {name!r} cannot run {op.name}: {why}")
     raise CannotRun("; ".join(refusals))
 

@@ -1,4 +1,4 @@
-"""The command line: pyllm doctor | bench | tune."""
+"""The command line: pyllm doctor | bench | tune | report."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import pyllm
 from pyllm.backend import BACKENDS
 
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
+AUTOCAST = "autocast"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_tune(
         commands.add_parser("tune", help="measure this machine's tiles for the Triton attention, or default backends")
     )
+    _add_report(
+        commands.add_parser("report", help="make a page with plots, or a Markdown table, of a folder of results")
+    )
     arguments = parser.parse_args(argv)
+    if arguments.command == "report":
+        return _report(arguments)
     if arguments.command == "tune":
         return _tune(arguments, parser)
     if arguments.command == "doctor":
@@ -42,19 +48,32 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "Checks the numbers, then times pyllm, PyTorch eager and torch.compile in one process, interleaved. Ratios are "
         "the peer's time over pyllm's, with the spread of eager against itself (A/A) beside them."
     )
-    parser.add_argument("op", help="an operator or a layer; `all` is every one, `list` lists them")
+    parser.add_argument("op", help="an operator or a layer; `layers` is every layer, `all` all, `list` lists them")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: fp32")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=(*DTYPES, AUTOCAST),
+        help="default: fp32; autocast: layers with parameters in fp32, under torch.autocast to bf16",
+    )
     parser.add_argument("--shape", action="append", type=_shape, metavar="AxBx...", help="default: the operator's own")
     parser.add_argument("--variant", action="append", help="such as `causal`; default: the operator's own")
-    parser.add_argument("--pass", dest="direction", action="append", choices=("forward", "backward", "both"))
+    parser.add_argument(
+        "--pass",
+        dest="direction",
+        action="append",
+        choices=("forward", "backward", "both", "step"),
+        help="forward: without gradient; both: forward and backward; step: with fused AdamW, layers only; "
+        "default: all but step",
+    )
     parser.add_argument("--backend", choices=BACKENDS, help="default: what pyllm chooses by itself")
     parser.add_argument(
         "--peer",
         action="append",
         metavar="NAME",
         help="what is timed besides PyTorch eager: compile, a backend's name, liger, sdpa-flash, sdpa-cudnn, "
-        "sdpa-efficient or flex where the operator has it; `eager`: nothing; default: compile, sdpa-flash, sdpa-cudnn",
+        "sdpa-efficient, flex, hf (Hugging Face's layer) or graphed (pyllm's in a CUDA graph) where there is one; "
+        "`eager`: nothing; default: compile, sdpa-flash, sdpa-cudnn, hf",
     )
     parser.add_argument("--quick", action="store_true", help="see that it works: few rounds, tiny shapes, no compile")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -79,6 +98,37 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     emit.add_argument("--dtype", action="append", choices=DTYPES, help="default: fp32, bf16 and fp16")
     emit.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     emit.add_argument("--quick", action="store_true", help="see that it works: few rounds, small tensors")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Reads every JSON file that `pyllm bench --json` or `make gpu` wrote into a folder, or CSV where there is no "
+        "JSON, and makes one HTML page with plots that loads nothing, or a Markdown table."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="default: DIR/report.html")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="ratios to PyTorch eager alone, as for a README")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pyllm.benchmarks import page
+
+    console = wide_console()
+    if arguments.html is None and arguments.markdown is None:
+        arguments.html = arguments.folder / "report.html"
+    try:
+        machines = page.read(arguments.folder)
+        for path, make in ((arguments.html, page.html), (arguments.markdown, page.markdown)):
+            if path is not None:
+                page.write(path, make(machines))
+                console.print(f"written: {path}", markup=False, soft_wrap=True)
+    except (page.NoResults, OSError) as error:
+        console.print(f"pyllm report: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    except ModuleNotFoundError as error:
+        console.print(f"pyllm report: the plots need matplotlib: {error}", style="red", markup=False)
+        return 1
+    return 0
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -157,15 +207,15 @@ def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[list, list]:
     """The cases that the arguments ask for, and those on tiny tensors; ends the program where there are none."""
     from pyllm.benchmarks import measure
-    from pyllm.benchmarks.catalogue import BENCHMARKS
+    from pyllm.benchmarks.catalogue import BENCHMARKS, GROUPS
 
     for peer in set(arguments.peer or ()) - {"eager", *measure.PEERS}:
         parser.error(f"unknown peer {peer!r}: expected eager, {', '.join(measure.PEERS)}")
-    if arguments.op != "all" and arguments.op not in BENCHMARKS:
-        parser.error(f"unknown operator {arguments.op!r}: expected all, list, {', '.join(BENCHMARKS)}")
+    if arguments.op not in GROUPS and arguments.op not in BENCHMARKS:
+        parser.error(f"unknown operator {arguments.op!r}: expected list, {', '.join([*GROUPS, *BENCHMARKS])}")
     arguments.device = _device(arguments, parser)
     cases, tiny = [], []
-    for benchmark in BENCHMARKS.values() if arguments.op == "all" else [BENCHMARKS[arguments.op]]:
+    for benchmark in GROUPS.get(arguments.op) or (BENCHMARKS[arguments.op],):
         for shape in arguments.shape or ():
             if len(shape) != len(benchmark.tiny):
                 parser.error(f"--shape: {benchmark.name} takes {benchmark.axes}, got {'x'.join(map(str, shape))}")
@@ -173,9 +223,14 @@ def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
             if variant not in benchmark.variants:
                 known = ", ".join(map(repr, benchmark.variants))
                 parser.error(f"--variant: {benchmark.name} has {known}, not {variant!r}")
+        for dtype in arguments.dtype or ():
+            if dtype == AUTOCAST and not benchmark.autocasts:
+                parser.error(f"--dtype: {benchmark.name} is no layer: {AUTOCAST} has no meaning for it")
         common = {"device": arguments.device, "variants": arguments.variant, "dtypes": arguments.dtype or ["fp32"]}
         shapes = arguments.shape or ([benchmark.tiny] if arguments.quick else None)
         directions = arguments.direction
         cases += measure.cases(benchmark, shapes=shapes, directions=directions, **common)
         tiny += measure.cases(benchmark, shapes=[benchmark.tiny], directions=measure.OVERHEAD_PASSES, **common)
+    if not cases:
+        parser.error(f"--pass: {arguments.op} has none of {', '.join(arguments.direction)}")
     return cases, tiny

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
@@ -89,21 +90,59 @@ def add_layer_norm(
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    x_bias: Tensor | None,
     rng: Tensor | None,
     dropout_p: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """z = residual + dropout(x); returns (layer_norm(z), z)."""
-    z = residual + dropout(x, rng, dropout_p)
+    """z = residual + dropout(x + x_bias), in residual's dtype; returns (layer_norm(z), z)."""
+    z = dropout_add(x, residual, x_bias, rng, dropout_p)
     return layer_norm(z, weight, bias, eps), z
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, rng: Tensor | None, dropout_p: float, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    x_bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """z = residual + dropout(x); returns (rms_norm(z), z)."""
-    z = residual + dropout(x, rng, dropout_p)
+    """z = residual + dropout(x + x_bias), in residual's dtype; returns (rms_norm(z), z)."""
+    z = dropout_add(x, residual, x_bias, rng, dropout_p)
     return rms_norm(z, weight, eps), z
+
+
+GATED = {"reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}  # (Shazeer, 2020)
+
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def activation(
+    x: Tensor, up: Tensor | None, bias: Tensor | None, rng: Tensor | None, dropout_p: float, kind: str
+) -> Tensor:
+    """dropout(act(x + bias)), or for a kind in GATED dropout(act(x) * up).
+
+    Without up, a gated x (..., 2N) holds both side by side, x first, and is added the bias (2N,).
+    """
+    h = x if bias is None else x + bias
+    if kind in GATED:
+        gate, up = h.chunk(2, -1) if up is None else (h, up)
+        y = _ACTIVATIONS[GATED[kind]](gate) * up
+    else:
+        y = _ACTIVATIONS[kind](h)
+    return dropout(y, rng, dropout_p).to(x.dtype)
+
+
+def dropout_add(x: Tensor, residual: Tensor, bias: Tensor | None, rng: Tensor | None, dropout_p: float) -> Tensor:
+    """residual + dropout(x + bias), in residual's dtype."""
+    return (residual + dropout(x if bias is None else x + bias, rng, dropout_p)).to(residual.dtype)
 
 
 def softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:

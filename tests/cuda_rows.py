@@ -39,61 +39,63 @@ class RowKernels:
     def _run(self, name: str, *arguments) -> None:
         self.model.run(name, *arguments, self.processors, self.capability, seed=self.seed)
 
-    def _norm(self, x, residual, weight, bias, rng, dropout_p, eps, rms):
-        x, residual, weight, bias = contiguous(x, residual, weight, bias)
+    def _norm(self, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms):
+        x, residual, weight, bias, x_bias = contiguous(x, residual, weight, bias, x_bias)
         rows, width = x.shape[:-1].numel(), x.shape[-1]
         stream = x.dtype if residual is None else residual.dtype
         y, z = empty(x.shape, stream), None if residual is None else empty(x.shape, stream)
         mean, rstd = None if rms else empty((rows,), torch.float32), empty((rows,), torch.float32)
         if rows:
-            arrays = (*typed(x), residual, *typed(weight), *typed(bias), y, z, DTYPE[stream], mean, rstd, rng)
+            parameters = (*typed(weight), *typed(bias), *typed(x_bias))
+            arrays = (*typed(x), residual, *parameters, y, z, DTYPE[stream], mean, rstd, rng)
             self._run("norm_forward", *arrays, float(dropout_p), float(eps), rows, width)
         return y, z, mean, rstd
 
-    def _norm_gradient(self, dy, dz, z, weight, bias, mean, rstd, rng, dropout_p, x_dtype):
+    def _norm_gradient(self, dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype):
         dy, dz, z, weight = contiguous(dy, dz, z, weight)
         rows, width = z.shape[:-1].numel(), z.shape[-1]
         has_dx = dropout_p != 0.0 or x_dtype != z.dtype
         dx, dresidual = empty(z.shape, x_dtype) if has_dx else None, empty(z.shape, z.dtype)
-        dweight, dbias = (None if p is None else empty(p.shape, p.dtype) for p in (weight, bias))
+        parameters = (weight, bias, x_bias)
+        dweight, dbias, dx_bias = gradients = [None if p is None else empty(p.shape, p.dtype) for p in parameters]
         groups = 16 * self.processors + 8
-        partials = None if weight is None and bias is None else empty((groups, 2, width), torch.float32)
+        partials = None if parameters == (None,) * 3 else empty((groups, 3, width), torch.float32)
         arrays = (dy, dz, *typed(z), *typed(weight), *typed(dx), dresidual, mean, rstd, rng, float(dropout_p), partials)
-        self._run("norm_backward", *arrays, rows, width, dweight, *typed(dbias), groups)
+        self._run("norm_backward", *arrays, rows, width, dweight, *typed(dbias), *typed(dx_bias), groups)
         nothing = z.new_empty(0)
         return (
             z.new_empty(0, dtype=x_dtype) if dx is None else dx,
             dresidual,
-            nothing if dweight is None else dweight,
-            nothing if dbias is None else dbias,
+            *(nothing if g is None else g for g in gradients),
         )
 
     def layer_norm_fwd(self, x, weight, bias, eps):
-        y, _, mean, rstd = self._norm(x, None, weight, bias, None, 0.0, eps, False)
+        y, _, mean, rstd = self._norm(x, None, weight, bias, None, None, 0.0, eps, False)
         return y, mean, rstd
 
     def layer_norm_bwd(self, dy, x, weight, bias, mean, rstd):
-        return self._norm_gradient(dy, None, x, weight, bias, mean, rstd, None, 0.0, x.dtype)[1:]
+        return self._norm_gradient(dy, None, x, weight, bias, None, mean, rstd, None, 0.0, x.dtype)[1:4]
 
     def rms_norm_fwd(self, x, weight, eps):
-        y, _, _, rstd = self._norm(x, None, weight, None, None, 0.0, eps, True)
+        y, _, _, rstd = self._norm(x, None, weight, None, None, None, 0.0, eps, True)
         return y, rstd
 
     def rms_norm_bwd(self, dy, x, weight, rstd):
-        return self._norm_gradient(dy, None, x, weight, None, None, rstd, None, 0.0, x.dtype)[1:3]
+        return self._norm_gradient(dy, None, x, weight, None, None, None, rstd, None, 0.0, x.dtype)[1:3]
 
-    def add_layer_norm_fwd(self, x, residual, weight, bias, rng, dropout_p, eps):
-        return self._norm(x, residual, weight, bias, rng, dropout_p, eps, False)
+    def add_layer_norm_fwd(self, *arguments):
+        return self._norm(*arguments, False)
 
     def add_layer_norm_bwd(self, *arguments):
         return self._norm_gradient(*arguments)
 
-    def add_rms_norm_fwd(self, x, residual, weight, rng, dropout_p, eps):
-        y, z, _, rstd = self._norm(x, residual, weight, None, rng, dropout_p, eps, True)
+    def add_rms_norm_fwd(self, x, residual, weight, *arguments):
+        y, z, _, rstd = self._norm(x, residual, weight, None, *arguments, True)
         return y, z, rstd
 
-    def add_rms_norm_bwd(self, dy, dz, z, weight, rstd, rng, dropout_p, x_dtype):
-        return self._norm_gradient(dy, dz, z, weight, None, None, rstd, rng, dropout_p, x_dtype)[:3]
+    def add_rms_norm_bwd(self, dy, dz, z, weight, x_bias, *arguments):
+        dx, dresidual, dweight, _, dx_bias = self._norm_gradient(dy, dz, z, weight, None, x_bias, None, *arguments)
+        return dx, dresidual, dweight, dx_bias
 
     def _softmax(self, x, attn_mask, scale, is_causal, log):
         (x,) = contiguous(x)

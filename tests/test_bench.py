@@ -4,14 +4,16 @@ import resource
 from functools import partial
 
 import pytest
+import taped_graphs
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyllm
 from pyllm import cli
 from pyllm.backend import Implementation
-from pyllm.benchmarks import measure, timing
+from pyllm.benchmarks import layers, lengths, measure, timing
 from pyllm.benchmarks.catalogue import BENCHMARKS
 from pyllm.ops.softmax import SOFTMAX
 
@@ -20,9 +22,10 @@ TINY = [
     for benchmark in BENCHMARKS.values()
     for variant in benchmark.variants
 ]
-# post-norm, the layers' default, has dropout 0.1
 DETERMINISTIC = [
-    case for case in TINY if "dropout 0.1" not in case.variant and case.variant not in ("post-norm", "pre-norm")
+    case
+    for case in TINY
+    if not any(case.options.get(name) for name in ("dropout", "dropout_p"))  # the draws differ
 ]
 
 
@@ -38,9 +41,75 @@ def test_peers_compute_what_pyllm_computes(case):
         for name, call in workload.calls.items():
             torch.manual_seed(1)  # of the cotangents
             results[name] = tensors(call())
+            if workload.used is not None:
+                results[name] = [output.masked_fill(~workload.used, 0.0) for output in results[name]]
             if case.direction == "both":
-                results[name] += measure.staged(call, workload.leaves, "both")()
+                results[name] += workload.staged(call, "both")()
     torch.testing.assert_close(results["eager"], results["pyllm"])
+
+
+@pytest.mark.parametrize("lengths", ["full", "half padded"])
+@pytest.mark.parametrize("layer", [name for name, layer in layers.LAYERS.items() if layer.hf])
+def test_hugging_faces_layer_computes_what_pyllms_computes(layer, lengths):
+    workload = layers.LAYERS[layer].build((3, 8, 256), torch.float64, "cpu", lengths=lengths)
+    results = []
+    for call in (workload.calls["pyllm"], workload.late["hf"]()):
+        output = call()
+        torch.manual_seed(1)  # of the cotangents
+        gradient, *_ = workload.staged(call, "both")()
+        used = torch.ones(()).bool() if workload.used is None else workload.used
+        results.append([output.masked_fill(~used, 0.0), gradient])
+    torch.testing.assert_close(*results, rtol=0.0, atol=1e-5)  # some of its norms are in fp32
+
+
+def test_padding_gets_no_gradient_and_inference_is_in_evaluation_mode():
+    inference, training = (
+        measure.Case(BENCHMARKS["bert_layer"], (4, 8, 64), "fp32", way, "half padded") for way in ("forward", "both")
+    )
+    assert not any(module.training for module in inference.workload().modules)
+    workload = training.workload()
+    assert all(module.training for module in workload.modules)
+    gradient, *_ = workload.staged(workload.calls["pyllm"], "both")()
+    assert workload.used.sum() == sum(lengths.half_padded(4, 8)) == 17
+    assert torch.equal(gradient.any(-1), workload.used[..., 0])
+
+
+def test_step_is_the_optimisers_too_and_leaves_the_weights():
+    case = measure.Case(BENCHMARKS["bert_layer"], (2, 8, 64), "fp32", "step", "full")
+    workload = case.workload()
+    before = [leaf.detach().clone() for leaf in workload.leaves]
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        workload.staged(workload.calls["pyllm"], "step")()
+    assert any("fused_adamw" in event.key for event in profiler.key_averages())
+    assert all(map(torch.equal, before, workload.leaves)) and not any(leaf.grad is not None for leaf in workload.leaves)
+
+
+@pytest.mark.parametrize("direction", ["both", "step", "forward"])
+def test_graphed_layers_are_a_peer(direction, monkeypatch):
+    case = measure.Case(BENCHMARKS["gpt2_block"], (2, 8, 64), "fp32", direction, "half padded")
+    (result,) = measure.measure(case, "reference", peers=("graphed",), quick=True)
+    assert "CUDA graphs need" in result.refused["graphed"]
+    taped_graphs.install(monkeypatch)
+    (result,) = measure.measure(case, "reference", peers=("graphed",), quick=True)
+    assert result.problem is None and not result.refused and result.seconds["graphed"] > 0
+
+
+def test_autocast_is_of_fp32_parameters():
+    case = measure.Case(BENCHMARKS["llama_block"], (2, 8, 64), measure.AUTOCAST, "both", "full")
+    (result,) = measure.measure(case, "reference", peers=("hf",), quick=True)
+    assert result.problem is None and set(result.seconds) == {"eager", "pyllm", "hf"}
+    workload = case.workload()
+    assert {leaf.dtype for leaf in workload.leaves} == {torch.float32}
+    assert workload.calls["pyllm"]().dtype == torch.float32  # the residual stream
+
+
+def test_distributions_of_lengths():
+    assert lengths.half_padded(8, 256)[-1] == lengths.log_normal(8, 256)[-1] == 256
+    assert sum(lengths.half_padded(8, 256)) == pytest.approx(4 * 256, abs=4)
+    assert lengths.log_normal(16, 512) == sorted(lengths.log_normal(16, 512)) and min(lengths.log_normal(16, 512)) > 40
+    assert lengths.half_padded(1, 9) == lengths.log_normal(1, 9) == [9]
+    assert lengths.padding([9, 9], 9, "cpu") is None
+    assert lengths.padding([1, 3], 3, "cpu").tolist() == [[False, True, True], [False, False, False]]
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
@@ -59,22 +128,65 @@ def test_work_is_counted_as_the_tensors_and_products_tell(case):
         assert case.benchmark.moved(shape)[0] == sum(t.numel() for t in caches)
     elif case.benchmark.moved:
         outputs = tensors(workload.calls["eager"]())
-        elements = sum(t.numel() for t in [*workload.leaves, *outputs] if t.shape == shape)
+        elements = sum(t.numel() for t in [*workload.leaves, *outputs] if t.dim() == len(shape))
         read_half = shape[0] * shape[1] * shape[2] / 2 if case.variant == "causal" else 0
         assert case.benchmark.moved(shape, **case.options)[0] == elements - read_half
+    elif case.benchmark in layers.BENCHMARKS:
+        batch, length, width = shape
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+            workload.calls["eager"]()
+        if case.options["lengths"] == "full":
+            hidden = 4 * batch * length**2 * width / 2 if layers.LAYERS[case.benchmark.name].causal else 0
+            assert case.benchmark.flops(shape, **case.options)[0] == forward.get_total_flops() - hidden
+        else:
+            assert case.benchmark.flops(shape, **case.options)[0] < forward.get_total_flops()
     else:
         # What is packed, only the packed call computes; the reference's products are those of the sequences.
         which = "pyllm" if "varlen" in case.benchmark.name else "eager"
         with pyllm.use_backend("reference"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
             workload.calls[which]()
-        causal = 0.5 if case.variant == "causal" else 1.0  # which the counter does not know
-        assert case.benchmark.flops(shape, **case.options)[0] == forward.get_total_flops() * causal
+        counted = forward.get_total_flops()
+        if case.variant == "causal":  # which the counter does not know
+            counted /= 2
+        assert case.benchmark.flops(shape, **case.options)[0] == counted
 
 
 def test_peak_memory_is_that_of_the_call():
     x = torch.randn(2**12)
     assert 0 <= timing.peak_memory(lambda: ((x * 2) + 1) * 3, "cpu") - 2 * x.nbytes < 64  # and the numbers 1, 2, 3
     assert timing.peak_memory(lambda: None, "cpu") == 0
+
+
+@pytest.mark.parametrize("name", ["bert_layer", "gpt2_block"])
+def test_saved_memory_is_what_autograd_keeps_of_torchs_layer(name):
+    workload = measure.Case(BENCHMARKS[name], (2, 32, 128), "fp32", "both", "full dropout 0").workload()
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = workload.calls["eager"]()
+    own = {t.untyped_storage().data_ptr() for t in [*workload.leaves, output]}
+    expected = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+    assert 0 <= timing.saved_memory(workload.calls["eager"], "cpu") - expected < 256  # and a few numbers
+
+
+def test_saved_memory_counts_what_a_function_holds():
+    class Holds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.held = x * 2  # not told to autograd
+            return x + 1
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy
+
+    x = torch.randn(2**12, requires_grad=True)
+    assert 0 <= timing.saved_memory(lambda: Holds.apply(x), "cpu") - x.nbytes < 256
+    assert timing.saved_memory(lambda: x + 1, "cpu") < 256
 
 
 def test_drift_cancels_and_the_ratio_is_paired(monkeypatch):

@@ -13,6 +13,7 @@ from torch_parity import compare, results
 
 import pyllm
 from pyllm.nn import DecoderLayer, EncoderLayer, RelativePositionBias
+from pyllm.nn.memory import PLANS
 from pyllm.ops.relative_bias import bucket
 from pyllm.testing import assert_within_budget
 
@@ -308,11 +309,14 @@ def test_compiles_into_one_graph(kind: type, options: dict):
 def test_every_operator_call_is_fused():
     layer = DecoderLayer(*SIZES, **OPTIONS["t5 causal"], norm_first=True)
     calls = pyllm.explain(layer, torch.randn(B, L, E), torch.randn(B, S, E), strict=True)
-    assert [call.op for call in calls] == ["layer_norm", "attention", "add_layer_norm", "attention", "add_layer_norm"]
+    attending = ["attention", "add_layer_norm"]
+    assert [call.op for call in calls] == ["layer_norm", *attending, *attending, "activation", "dropout_add"]
     layer = EncoderLayer(*SIZES, norm="rms_norm")
-    assert [call.op for call in pyllm.explain(layer, torch.randn(B, L, E), strict=True)] == [
-        *("attention", "add_rms_norm", "add_rms_norm")
-    ]
+    for save in PLANS:
+        layer.save = save
+        assert [call.op for call in pyllm.explain(layer, torch.randn(B, L, E), strict=True)] == [
+            *("attention", "add_rms_norm", "activation", "add_rms_norm")
+        ]
 
 
 BAD = [

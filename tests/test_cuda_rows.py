@@ -114,7 +114,8 @@ def test_add_norm_rows(kernels, name, dtypes, p):
     for shape in [(5, 1024), (3, 1003)]:
         x, residual = (misaligned(*shape, dtype=d) if shape[-1] % 2 else randn(*shape, dtype=d) for d in dtypes)
         parameters = test_norm.parameters(shape[-1], dtypes[1], "cpu", name)
-        check(test_norm.added(name, p), {"x": x, "residual": residual, **parameters}, "cuda_host")
+        x_bias = randn(shape[-1], dtype=torch.float32)
+        check(test_norm.added(name, p), {"x": x, "residual": residual, "x_bias": x_bias, **parameters}, "cuda_host")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -122,7 +123,7 @@ def test_add_norm_rows(kernels, name, dtypes, p):
 def test_add_norm_of_wide_rows(kernels, name, capability):
     kernels.capability = capability
     x, residual = (randn(2, 20480, dtype=torch.bfloat16) for _ in range(2))
-    parameters = test_norm.parameters(20480, torch.bfloat16, "cpu", name)
+    parameters = {"x_bias": randn(20480), **test_norm.parameters(20480, torch.bfloat16, "cpu", name)}
     check(test_norm.added(name, 0.1), {"x": x, "residual": residual, **parameters}, "cuda_host")
 
 
@@ -139,9 +140,9 @@ def test_dropout_is_the_reference_mask(kernels, width, dtype):
     x, residual = (torch.full((5, width), value, dtype=dtype) for value in (1, 0))
     for p in (0.1, 1.0):
         keep = dropout_keep(rng, p, 1, 5, width)[0]
-        _, z, rstd = kernels.add_rms_norm_fwd(x, residual, None, rng, p, 1e-5)
+        _, z, rstd = kernels.add_rms_norm_fwd(x, residual, None, None, rng, p, 1e-5)
         assert torch.equal(z != 0, keep)
-        dx, _, _ = kernels.add_rms_norm_bwd(residual, x, z, None, rstd, rng, p, dtype)
+        dx, *_ = kernels.add_rms_norm_bwd(residual, x, z, None, None, rstd, rng, p, dtype)
         assert torch.equal(dx != 0, keep)
 
 
@@ -210,9 +211,9 @@ def calls(kernels: RowKernels):
     rng = torch.tensor([3, 5])
     for width in (63, 1024, 4099, 20480):
         x, dy, w = randn(9, width, grad=False), randn(9, width, grad=False), randn(width, grad=False)
-        y, z, mean, rstd = kernels.add_layer_norm_fwd(x, dy, w, w, rng, 0.2, 1e-5)
+        y, z, mean, rstd = kernels.add_layer_norm_fwd(x, dy, w, w, w, rng, 0.2, 1e-5)
         yield from (y, z, mean, rstd)
-        yield from kernels.add_layer_norm_bwd(dy, x, z, w, w, mean, rstd, rng, 0.2, x.dtype)
+        yield from kernels.add_layer_norm_bwd(dy, x, z, w, w, w, mean, rstd, rng, 0.2, x.dtype)
         y = kernels.log_softmax_fwd(x, x > 0, 0.5, True)
         yield from (y, kernels.log_softmax_bwd(dy, y, 0.5))
 

@@ -12,13 +12,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pyllm
 from pyllm import backend, dispatch, ops
+from pyllm.ops.activation import ACTIVATION
 from pyllm.ops.attention import ATTENTION
 from pyllm.ops.attention_decode import ATTENTION_DECODE
+from pyllm.ops.dropout_add import DROPOUT_ADD
 from pyllm.ops.norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM
 from pyllm.ops.softmax import LOG_SOFTMAX, SOFTMAX
 
 OPERATORS = {op.name: op for op in (ATTENTION, ATTENTION_DECODE, ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM)}
-OPERATORS |= {op.name: op for op in (SOFTMAX, LOG_SOFTMAX)}
+OPERATORS |= {op.name: op for op in (SOFTMAX, LOG_SOFTMAX, ACTIVATION, DROPOUT_ADD)}
 CUDA = torch.device("cuda", 0)
 
 

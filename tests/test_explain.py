@@ -16,7 +16,7 @@ def model() -> torch.nn.Module:
 def test_every_call_is_explained():
     with pyllm.use_backend("reference"):
         explanation = pyllm.explain(model(), torch.randn(2, 5, 16), is_causal=False)
-    assert [choice.op for choice in explanation] == ["attention", "add_layer_norm", "add_layer_norm"]
+    assert [choice.op for choice in explanation] == ["attention", "add_layer_norm", "activation", "add_layer_norm"]
     assert {(c.backend, c.reason, c.device, c.dtype) for c in explanation} == {
         ("reference", "asked for", "cpu", torch.float32)
     }

@@ -53,7 +53,9 @@ def one_thread():
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 def test_every_backend(target, norm_first, dtype):
     backend, device = target
-    ours, theirs = pair("TransformerDecoderLayer", *LAYER, norm_first=norm_first, device=device, dtype=dtype)
+    options = {"norm_first": norm_first, "device": device, "dtype": dtype}
+    # relu's derivative jumps: in 16 bits a rounding error beside the jump is as large as the gradient itself
+    ours, theirs = pair("TransformerDecoderLayer", *LAYER, "gelu", **options)
     arguments = inputs("Decoder", batch_first=False, dtype=dtype, device=device)
     masks = {"tgt_mask": CAUSAL.to(device, dtype), "tgt_is_causal": True}
     if backend != "torch":  # which is not allowed masks that might leave a row empty

@@ -22,10 +22,13 @@ def plain(name):
 
 
 def added(name, p):
-    """The operator as a function of (x, residual, weight, bias)."""
-    if name == "add_layer_norm":
-        return lambda x, residual, weight, bias: ops.add_layer_norm(x, residual, weight, bias, EPS, dropout_p=p)
-    return lambda x, residual, weight, bias: ops.add_rms_norm(x, residual, weight, EPS, dropout_p=p)
+    """The operator as a function of (x, residual, weight, bias, x_bias)."""
+
+    def run(x, residual, weight, bias, x_bias=None):
+        parameters = (weight, bias) if name == "add_layer_norm" else (weight,)
+        return getattr(ops, name)(x, residual, *parameters, EPS, dropout_p=p, x_bias=x_bias)
+
+    return run
 
 
 def parameters(width, dtype, device, name, affine=True):
@@ -85,7 +88,8 @@ def test_strided_inputs(target, name):
     inputs = {"x": x, **parameters(40, torch.float32, device, name)}
     if name.startswith("add"):
         residual = randn(3, 9, 1, device=device, grad=False).expand(3, 9, 40).requires_grad_()
-        check(added(name, 0.0), {**inputs, "residual": residual}, backend)
+        x_bias = randn(80, device=device, grad=False)[::2].requires_grad_()
+        check(added(name, 0.0), {**inputs, "residual": residual, "x_bias": x_bias}, backend)
     else:
         check(plain(name), inputs, backend)
 
@@ -107,6 +111,9 @@ def test_add_norm(target, name, dtypes, p):
         x, residual = (randn(*shape, dtype=d, device=device) for d in dtypes)
         inputs = {"x": x, "residual": residual, **parameters(shape[-1], dtypes[1], device, name)}
         check(added(name, p), inputs, backend)
+        for dtype in dict.fromkeys((dtypes[0], torch.float32)):
+            x_bias = randn(shape[-1], dtype=dtype, device=device)
+            check(added(name, p), {**inputs, "x_bias": x_bias}, backend)
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -151,7 +158,7 @@ def test_repeatable(target):
 def test_gradcheck(target, name):
     backend, device = target
     x, residual = (randn(2, 7, dtype=torch.float64, device=device) for _ in range(2))
-    weight, bias = (randn(7, dtype=torch.float64, device=device) for _ in range(2))
+    weight, bias, x_bias = (randn(7, dtype=torch.float64, device=device) for _ in range(3))
     p = 0.3 if backend != "torch" else 0.0
 
     def run(*tensors):
@@ -160,9 +167,8 @@ def test_gradcheck(target, name):
             return added(name, p)(*tensors)
         return plain(name)(*tensors)
 
-    tensors = (x, residual, weight, bias) if name.startswith("add") else (x, weight, bias)
-    if "rms" in name:
-        tensors = (*tensors[:-1], None)
+    bias = None if "rms" in name else bias
+    tensors = (x, residual, weight, bias, x_bias) if name.startswith("add") else (x, weight, bias)
     with use_backend(backend):
         assert torch.autograd.gradcheck(run, tensors)
 
@@ -178,6 +184,8 @@ BAD = [
     ("rms_norm", lambda x: ops.rms_norm(x, torch.ones(8, dtype=torch.long)), TypeError, "weight must be float32"),
     ("add_layer_norm", lambda x: ops.add_layer_norm(x, x[:1]), ValueError, "residual must have shape"),
     ("add_layer_norm", lambda x: ops.add_layer_norm(x, x.double()), TypeError, "residual must be"),
+    ("add_layer_norm", lambda x: ops.add_layer_norm(x, x, x_bias=torch.ones(3)), ValueError, "x_bias must have shape"),
+    ("add_rms_norm", lambda x: ops.add_rms_norm(x, x, x_bias=torch.ones(8).half()), TypeError, "x_bias must be"),
     ("add_layer_norm", lambda x: ops.add_layer_norm(x, x, dropout_p=1.5), ValueError, r"dropout_p must be in \[0, 1\]"),
     ("add_rms_norm", lambda x: ops.add_rms_norm(x, x, dropout_p="0.1"), TypeError, "dropout_p must be a number"),
     ("add_rms_norm", lambda x: ops.add_rms_norm(x, None), TypeError, "residual must be a Tensor"),

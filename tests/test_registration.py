@@ -37,15 +37,31 @@ def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
     yield "layer_norm_bwd", (x, residual, None, None, mean, rstd)
     yield "rms_norm_fwd", (x, weight, 1e-5)
     yield "rms_norm_bwd", (x, residual, weight, rstd)
-    yield "add_layer_norm_fwd", (x, residual, weight, bias, rng, 0.3, 1e-5)
-    yield "add_layer_norm_bwd", (x, residual, x, weight, bias, mean, rstd, rng, 0.3, dtype)
-    yield "add_rms_norm_fwd", (x, residual, weight, None, 0.0, 1e-5)
-    yield "add_rms_norm_bwd", (x, None, x, weight, rstd, None, 0.0, dtype)
+    yield "add_layer_norm_fwd", (x, residual, weight, bias, t(40), rng, 0.3, 1e-5)
+    yield "add_layer_norm_bwd", (x, residual, x, weight, bias, t(40), mean, rstd, rng, 0.3, dtype)
+    yield "add_rms_norm_fwd", (x, residual, weight, None, None, 0.0, 1e-5)
+    yield "add_rms_norm_bwd", (x, None, x, weight, None, rstd, None, 0.0, dtype)
     for name in ("softmax", "log_softmax"):
         yield f"{name}_fwd", (x, torch.rand(1, 5, 40, device=device) > 0.5, 0.7, False)
         yield f"{name}_fwd", (x, None, 1.0, True)
         yield f"{name}_bwd", (x, torch.rand_like(x), 0.7)
+    yield "activation_fwd", (x.mT, None, None, None, 0.0, "relu")
+    for up, b, p, kind in (
+        (None, bias, 0.3, "gelu"),
+        (None, bias, 0.3, "swiglu"),
+        (residual, None, 0.0, "geglu_tanh"),
+    ):
+        call = (x, up, b, rng if p else None, p, kind)
+        yield "activation_fwd", call
+        yield "activation_bwd", (t(3, 5, 20) if kind == "swiglu" else t(3, 5, 40), *call)
+    yield "dropout_add_fwd", (x, residual, bias, rng, 0.3)
+    yield "dropout_add_bwd", (x, bias, rng, 0.3, dtype)
+    yield "dropout_add_bwd", (x, None, None, 0.0, torch.bfloat16)
     q, k, v = t(2, 4, 7, 16), t(2, 2, 9, 16), t(2, 2, 9, 16)
+    for shape, interleaved in (((7, 8), False), ((2, 7, 6), True)):
+        angles = torch.rand(2, *shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+        for name, tensor in (("rotary_fwd", t(2, 7, 3, 4, 16)[:, :, 0].transpose(1, 2)), ("rotary_inplace_fwd", q)):
+            yield name, (tensor, *angles, interleaved, not interleaved)
     mask, padding = t(1, 4, 1, 9), torch.rand(2, 9, device=device) > 0.8
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     by_distance, slopes = (
@@ -114,17 +130,26 @@ def test_schemas_agree():
         assert strip[0] == strip[1]
 
 
-def every_public_call(x, weight, q, k):
+def every_public_call(x, weight, x_bias, q, k):
     y = ops.layer_norm(x, weight, weight) + ops.rms_norm(x, weight)
-    y, z = ops.add_layer_norm(y, x, weight, weight, dropout_p=0.1)
+    y, z = ops.add_layer_norm(y, x, weight, weight, dropout_p=0.1, x_bias=x_bias)
     y, z = ops.add_rms_norm(y, z, weight)
+    y = ops.geglu(ops.gelu(y, weight, dropout_p=0.1), ops.relu(z), approximate="tanh") + ops.silu(y, weight)
+    y = ops.dropout_add(y, z, weight, dropout_p=0.1) + ops.swiglu(y.repeat(1, 1, 2)) + ops.reglu(y, z)
     y = ops.softmax(y, scale=0.5) + ops.log_softmax(z, is_causal=True)
+    cos, sin = angles_of(q)
+    q, k = ops.rotary(q, cos, sin), ops.rotary_(k * 1, *angles_of(k), interleaved=True)
     out, lse = ops.attention(q, k, k, is_causal=True, dropout_p=0.1, return_lse=True)
     return y.sum() + out.sum() + lse.sum()
 
 
+def angles_of(x):
+    angles = torch.arange(x.shape[2], device=x.device)[:, None] * torch.ones(4, device=x.device)
+    return angles.cos(), angles.sin()
+
+
 def inputs(rows: int, device: str):
-    shapes = ((rows, 3, 24), (24,), (2, 4, rows, 16), (2, 2, rows + 2, 16))
+    shapes = ((rows, 3, 24), (24,), (24,), (2, 4, rows, 16), (2, 2, rows + 2, 16))
     return tuple(randn(*s, device=device) for s in shapes)
 
 
@@ -152,7 +177,9 @@ def test_compiles_whole_with_dynamic_shapes(target):
 def test_exports(name):
     class Model(torch.nn.Module):
         def forward(self, x, q):
-            return ops.layer_norm(x), ops.attention(q, q, q, is_causal=True)
+            x = ops.dropout_add(ops.gelu(x), ops.layer_norm(x))
+            q = ops.rotary(q, *angles_of(q))
+            return x, ops.attention(q, q, q, is_causal=True)
 
     x, q = torch.randn(4, 16), torch.randn(1, 2, 6, 8)
     batch = torch.export.Dim("batch", min=2)
@@ -160,7 +187,8 @@ def test_exports(name):
         Model().eval(), (x, q), dynamic_shapes={"x": {0: batch}, "q": {2: torch.export.Dim.AUTO}}
     )
     called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
-    assert {"pyllm.layer_norm_fwd.default", "pyllm.attention_fwd.default"} <= called
+    names = ("layer_norm", "attention", "activation", "dropout_add", "rotary")
+    assert {f"pyllm.{name}_fwd.default" for name in names} <= called
     x, q = torch.randn(9, 16), torch.randn(1, 2, 11, 8)
     for exported, eager in zip(program.module()(x, q), Model()(x, q), strict=True):
         assert torch.equal(exported, eager)
@@ -171,10 +199,13 @@ def test_profiler_shows_names(target):
     backend, device = target
     x = randn(4, 16, device=device)
     with use_backend(backend), torch.profiler.profile() as profile:
-        ops.layer_norm(x).sum().backward()
+        ops.dropout_add(ops.gelu(ops.layer_norm(x)), x, dropout_p=0.1).sum().backward()
+        q = randn(1, 2, 4, 16, device=device)
+        ops.rotary(ops.rotary_(q * 1, *angles_of(q)), *angles_of(q)).sum().backward()
     names = {event.name for event in profile.events()}
     namespace = "pyllm" if backend == "native" else "pyllm_triton"
-    assert {f"{namespace}::layer_norm_fwd", f"{namespace}::layer_norm_bwd"} <= names
+    called = {f"{name}_{part}" for name in ("layer_norm", "activation", "dropout_add") for part in ("fwd", "bwd")}
+    assert {f"{namespace}::{name}" for name in called | {"rotary_fwd", "rotary_inplace_fwd"}} <= names
 
 
 def test_autocast_follows_torch(target):
@@ -185,6 +216,11 @@ def test_autocast_follows_torch(target):
         norm = torch.nn.functional.layer_norm(x, (16,))
         assert ops.layer_norm(x).dtype == norm.dtype
         assert ops.softmax(x).dtype == torch.softmax(x, -1).dtype
+        for tensor in (x, x.float()):
+            assert ops.gelu(tensor).dtype == torch.nn.functional.gelu(tensor).dtype
+            assert ops.relu(tensor).dtype == torch.relu(tensor).dtype
+            assert ops.silu(tensor).dtype == torch.nn.functional.silu(tensor).dtype
+            assert ops.dropout_add(x, tensor).dtype == (x + tensor).dtype
         out = ops.attention(q, q, q)
         assert out.dtype == torch.nn.functional.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
         out.sum().backward()
@@ -238,7 +274,9 @@ def test_the_folder_kernels_does_not_hide_a_package_of_that_name():
     assert result.stdout.strip() == "BertModel", result.stderr
 
 
-@pytest.mark.parametrize("name, why", [("portable", None), ("avx9", "must be portable, avx2 or avx512")])
+@pytest.mark.parametrize(
+    "name, why", [("portable", None), ("avx9", "must be portable, avx2, avx512, avx512bf16 or amx")]
+)
 def test_instruction_set_by_name(name, why):
     code = "import torch, pyllm\nfrom pyllm import _C\nprint(_C.cpu_isa(), pyllm.ops.softmax(torch.zeros(4)).tolist())"
     result = python(code, PYLLM_CPU_ISA=name)
@@ -254,7 +292,7 @@ def test_backend_from_the_environment():
     assert "unknown backend 'x'" in python(code, PYLLM_BACKEND="x").stderr
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_kernels_of_an_instruction_set_share_no_code(isa):
     """A function outside the instruction set's namespace would be merged by the linker with another set's copy."""
     objects = sorted((ROOT / "build" / "native").glob(f"*.{isa}.o"))

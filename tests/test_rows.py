@@ -1,4 +1,4 @@
-"""What norms and softmax have in common, on every backend with kernels: nothing to do, and tensors anywhere."""
+"""What row operators have in common, on every backend with kernels: nothing to do, and tensors anywhere."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pyllm import ops
 from pyllm.backend import use_backend
 from pyllm.testing import check, randn
 
-NAMES = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "softmax", "log_softmax"]
+NAMES = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "softmax", "log_softmax", "gelu", "dropout_add"]
 
 pytestmark = pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][0] in ("native", "triton")])
 
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0
 def call_of(name, rows, width, device, dtype=torch.bfloat16):
     """(the operator as a function of its inputs, the inputs)."""
     inputs = {"x": randn(rows, width, dtype=dtype, device=device)}
-    if name.startswith("add"):
+    if "add" in name:
         inputs["residual"] = randn(rows, width, dtype=dtype, device=device)
     if "norm" in name:
         inputs["weight"] = randn(width, dtype=dtype, device=device)
-    if "layer_norm" in name:
+    if "layer_norm" in name or name in ("gelu", "dropout_add"):
         inputs["bias"] = randn(width, dtype=dtype, device=device)
     return getattr(ops, name), inputs
 

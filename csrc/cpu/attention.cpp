@@ -14,15 +14,14 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// The tensor itself where kernels can read it, else a copy in the compute type with padded rows.
-Tensor packed(const Tensor& t_in, bool padded) {
+// Keys or values as products with them read the rows: the tensor itself, or a copy in the compute type.
+Tensor readable(const Tensor& t_in) {
   const Tensor t = with_contiguous_rows(t_in);
-  const int64_t width = padded_width(t);
-  if (t.scalar_type() == statistics_type(t) && (!padded || width == t.size(3))) return t;
-  Tensor to = uninitialised(t, {t.size(0), t.size(1), t.size(2), width}, statistics_type(t));
+  if (t.scalar_type() == statistics_type(t) || multiplies_pairs(array(t).dtype)) return t;
+  Tensor to = uninitialised(t, t.sizes(), statistics_type(t));
   const PackRows args{
       .from = heads_of(t), .to = to.data_ptr(), .heads = t.size(1), .rows = t.size(2), .dim = t.size(3)};
-  parallel_for(0, t.size(0) * t.size(1) * t.size(2), rows_per_task(width),
+  parallel_for(0, t.size(0) * t.size(1) * t.size(2), rows_per_task(t.size(3)),
                [&, kernel = pick_attention_pack()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return to;
 }
@@ -53,6 +52,8 @@ const int32_t* bounds_of(const OptionalTensor& cu_seqlens, int64_t count, int64_
   return bounds;
 }
 
+int64_t panels_of(const Sequence& sequence) { return (sequence.sk + kPanel - 1) / kPanel; }
+
 std::vector<Sequence> sequences_of(const Arguments& given) {
   const int64_t batches = given.query.size(0), sq = given.query.size(2), sk = given.key.size(2);
   const bool packed = given.cu_seqlens_q.has_value();
@@ -69,14 +70,19 @@ std::vector<Sequence> sequences_of(const Arguments& given) {
                            .key = k[i],
                            .sq = q[i + 1] - q[i],
                            .sk = k[i + 1] - k[i],
-                           .shift = 0});
+                           .shift = 0,
+                           .panel = 0});
     }
   } else {
     for (int64_t i = 0; i < batches; ++i)
-      sequences.push_back({.index = i, .batch = i, .query = 0, .key = 0, .sq = sq, .sk = sk, .shift = 0});
+      sequences.push_back({.index = i, .batch = i, .query = 0, .key = 0, .sq = sq, .sk = sk, .shift = 0, .panel = 0});
   }
-  if (given.bottom_right)
-    for (Sequence& sequence : sequences) sequence.shift = sequence.sk - sequence.sq;
+  int64_t panel = 0;
+  for (Sequence& sequence : sequences) {
+    if (given.bottom_right) sequence.shift = sequence.sk - sequence.sq;
+    sequence.panel = panel;
+    panel += panels_of(sequence);
+  }
   return sequences;
 }
 
@@ -86,13 +92,14 @@ int64_t pairs(const Sequence& sequence) { return sequence.sq * sequence.sk; }
 struct Call {
   Tensor query, key, value;
   OptionalTensor mask, padding, distance_bias, slopes;
+  Tensor panels;
   std::vector<Sequence> sequences;
   Attention args;
 
-  Call(const Arguments& given, bool padded_keys)
+  Call(const Arguments& given, Keys Attention::* summed)
       : query(with_contiguous_rows(given.query)),
-        key(packed(given.key, padded_keys)),
-        value(packed(given.value, true)),
+        key(readable(given.key)),
+        value(readable(given.value)),
         mask(with_readable_columns(given.mask)),
         padding(as_contiguous(given.padding)),
         distance_bias(as_contiguous(given.distance_bias)),
@@ -108,8 +115,9 @@ struct Call {
     }
     const int64_t furthest = longest_q + longest_k;  // beyond the distance of any query from any key
     args = {.query = heads_of(query),
-            .key = heads_of(key),
-            .value = heads_of(value),
+            .key = {heads_of(key)},
+            .value = {heads_of(value)},
+            .panels = sequences.empty() ? 0 : sequences.back().panel + panels_of(sequences.back()),
             .batches = query.size(0),
             .heads = query.size(1),
             .kv_heads = key.size(1),
@@ -132,6 +140,25 @@ struct Call {
     }
     if (padding.has_value()) args.padding = static_cast<const bool*>(padding->data_ptr());
     args.biases = distance_biases(query, distance_bias, slopes, furthest);
+    if (in_pairs()) pack_panels(args.*summed);
+  }
+
+  bool in_pairs() const { return multiplies_pairs(args.query.data.dtype); }
+
+  // summed: what sums over keys multiply
+  void pack_panels(Keys& summed) {
+    panels = uninitialised(query, {args.kv_heads, args.panels, padded_width(query), kPanel});
+    auto* to = static_cast<BFloat16*>(panels.data_ptr());
+    const PackPanels pack{.from = summed.rows,
+                          .to = to,
+                          .sequences = args.sequences,
+                          .heads = args.kv_heads,
+                          .panels = args.panels,
+                          .dim = args.dim};
+    parallel_for(
+        0, args.count * args.kv_heads, 1,
+        [&, kernel = pick_attention_pack_panels_pairs()](int64_t begin, int64_t end) { kernel(pack, begin, end); });
+    summed.panels = to;
   }
 
   // Multiplications of one of the products over all pairs
@@ -150,7 +177,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
                                          int64_t left, int64_t right, bool bottom_right) {
   const Call call({query, key, value, mask, padding, distance_bias, slopes, cu_seqlens_q, cu_seqlens_k, rng, scale,
                    softcap, dropout_p, left, right, bottom_right},
-                  false);
+                  &Attention::value);
   const Attention& args = call.args;
   Tensor out = new_like(query);
   Tensor lse = uninitialised(query, {args.batches, args.heads, args.sq}, statistics_type(query));
@@ -162,7 +189,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
                                  .lse = lse.data_ptr(),
                                  .blocks = blocks.data(),
                                  .block_count = static_cast<int64_t>(blocks.size())};
-  run_tasks(pick_attention_fwd(), forward, args.heads * forward.block_count, call.work());
+  run_tasks(call.in_pairs() ? pick_attention_fwd_pairs() : pick_attention_fwd(), forward,
+            args.heads * forward.block_count, call.work());
   return {out, lse};
 }
 
@@ -204,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     bool bottom_right) {
   const Call call({query, key, value, mask, padding, distance_bias, slopes, cu_seqlens_q, cu_seqlens_k, rng, scale,
                    softcap, dropout_p, left, right, bottom_right},
-                  true);
+                  &Attention::key);
   const Attention& args = call.args;
   const Tensor dout = with_contiguous_rows(dout_in), out = with_contiguous_rows(out_in), lse = as_contiguous(lse_in);
   const OptionalTensor dlse = as_contiguous(dlse_in);
@@ -231,7 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     zero(dmask);
     backward.dmask = {array(dmask), dmask.stride(0), dmask.stride(1), dmask.stride(2), 1};
   }
-  run_tasks(pick_attention_bwd(), backward, args.count * args.kv_heads * parts, call.work());
+  run_tasks(call.in_pairs() ? pick_attention_bwd_pairs() : pick_attention_bwd(), backward,
+            args.count * args.kv_heads * parts, call.work());
 
   if (!single) {
     const KeyGradient sums{.partials = partials.data_ptr(),
@@ -241,7 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
                            .parts = parts,
                            .sk = args.sk,
                            .dim = args.dim,
-                           .scale = scale};
+                           .scale = scale,
+                           .value_scale = args.dropout.scale};
     parallel_for(0, args.kv_heads * keys, rows_per_task(args.dim),
                  [&, kernel = pick_attention_key_gradient()](int64_t begin, int64_t end) { kernel(sums, begin, end); });
   }
@@ -263,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
                                 .heads = mask->size(1),
                                 .rows = mask->size(2),
                                 .columns = mask->size(3)};
-    run_tasks(pick_attention_mask_gradient(), gradient,
+    run_tasks(call.in_pairs() ? pick_attention_mask_gradient_pairs() : pick_attention_mask_gradient(), gradient,
               mask->size(0) * mask->size(1) * gradient.row_blocks() * gradient.column_blocks(), call.work());
   }
   return {dquery, dkey, dvalue, dmask, dbias};

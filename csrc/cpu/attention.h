@@ -4,6 +4,7 @@
 #include "cpu/isa.h"
 #include "dropout.h"
 #include "dtype.h"
+#include "heads.h"
 
 namespace pyllm {
 
@@ -13,16 +14,6 @@ inline constexpr int kKeyBlock = 256;
 
 // A row of head_dim elements in the kernels' own buffers is padded to a multiple of this many bytes.
 inline constexpr int64_t kRowBytes = 64;
-
-// (B, H, S, D) with strides in elements; the last dimension is contiguous.
-struct Heads {
-  Array data;
-  int64_t batch = 0, head = 0, row = 0;
-  template <class T>
-  T* at(int64_t b, int64_t h, int64_t s) const {
-    return data.as<T>() + b * batch + h * head + s * row;
-  }
-};
 
 // (sequences, H, Sq, Sk), strides 0 where the mask has size 1; the column's is 0 or 1.
 struct ScoreMask {
@@ -34,6 +25,7 @@ struct ScoreMask {
 struct Sequence {
   int64_t index, batch, query, key, sq, sk;
   int64_t shift;  // what is added to a query's index before it is compared with a key's
+  int64_t panel;  // the first of its keys' panels
 };
 
 // A sequence's queries [index * kQueryBlock, (index + 1) * kQueryBlock).
@@ -54,10 +46,25 @@ struct DistanceBiases {
   explicit operator bool() const { return bias || slopes; }
 };
 
-// What forward and backward share. key and value are in the compute type; value's rows (in backward, key's too) can be
-// read up to their padded width.
+// Columns of a matrix of bf16 that lie together where pairs of them are multiplied: a cache line.
+inline constexpr int kPanel = 32;
+
+// Whether products of this dtype are made of pairs.
+inline bool multiplies_pairs(DType dtype) { return dtype == DType::bf16 && chosen_isa() >= Isa::avx512bf16; }
+
+// Keys or values. Products of pairs take the rows as the caller has them, and for sums over keys `panels`, unless null:
+// (Hkv, panels, padded head_dim, kPanel), a panel being kPanel keys of a sequence, transposed, with zeros at their end.
+// All other products take the rows in the compute type.
+struct Keys {
+  Heads rows;
+  const BFloat16* panels = nullptr;
+};
+
+// What forward and backward share.
 struct Attention {
-  Heads query, key, value;
+  Heads query;
+  Keys key, value;
+  int64_t panels;                                 // of all sequences
   int64_t batches, heads, kv_heads, sq, sk, dim;  // of the tensors
   const Sequence* sequences;
   int64_t count;  // of the sequences
@@ -90,12 +97,12 @@ struct AttentionBackward {
   ScoreMask dmask = {};
 };
 
-// dkey = scale * sum of the parts; dvalue = sum of the parts. keys: B * Sk.
+// dkey and dvalue are scale and value_scale times the sum of the parts. keys: B * Sk.
 struct KeyGradient {
   const void* partials;
   Heads dkey, dvalue;
   int64_t keys, parts, sk, dim;
-  double scale;
+  double scale, value_scale;
 };
 
 // The gradient of the bias (H, distances): the sums of the parts (H, parts, summed) in the middle, 0 beyond.
@@ -116,18 +123,30 @@ struct MaskGradient {
   int64_t column_blocks() const { return columns == 1 ? 1 : (columns + kKeyBlock - 1) / kKeyBlock; }
 };
 
-// (B, H, S, D) of any storage type into contiguous padded rows of the compute type.
+// (B, H, S, D) of any storage type into contiguous rows of the compute type.
 struct PackRows {
   Heads from;
   void* to;
   int64_t heads, rows, dim;
 };
 
+// The keys or values of sequences into panels.
+struct PackPanels {
+  Heads from;
+  BFloat16* to;
+  const Sequence* sequences;
+  int64_t heads, panels, dim;
+};
+
 PYLLM_KERNEL(attention_fwd, AttentionForward)        // over H * query blocks
 PYLLM_KERNEL(attention_bwd, AttentionBackward)       // over sequences * Hkv * parts
-PYLLM_KERNEL(attention_key_gradient, KeyGradient)    // over Hkv * B * Sk
-PYLLM_KERNEL(attention_bias_gradient, BiasGradient)  // over H
 PYLLM_KERNEL(attention_mask_gradient, MaskGradient)  // over blocks of the mask
-PYLLM_KERNEL(attention_pack, PackRows)               // over B * H * S
+PYLLM_PAIR_KERNEL(attention_fwd, AttentionForward)
+PYLLM_PAIR_KERNEL(attention_bwd, AttentionBackward)
+PYLLM_PAIR_KERNEL(attention_mask_gradient, MaskGradient)
+PYLLM_KERNEL(attention_key_gradient, KeyGradient)     // over Hkv * B * Sk
+PYLLM_KERNEL(attention_bias_gradient, BiasGradient)   // over H
+PYLLM_KERNEL(attention_pack, PackRows)                // over B * H * S
+PYLLM_PAIR_KERNEL(attention_pack_panels, PackPanels)  // over sequences * Hkv
 
 }  // namespace pyllm

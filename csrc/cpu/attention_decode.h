@@ -41,6 +41,7 @@ struct AttentionDecode {
 
 PYLLM_KERNEL(attention_decode_append, AttentionDecode)  // over B * Hkv * added
 PYLLM_KERNEL(attention_decode, AttentionDecode)         // over pieces * Hkv
-PYLLM_KERNEL(attention_decode_merge, AttentionDecode)   // over B * H * added
+PYLLM_PAIR_KERNEL(attention_decode, AttentionDecode)
+PYLLM_KERNEL(attention_decode_merge, AttentionDecode)  // over B * H * added
 
 }  // namespace pyllm

@@ -1,358 +1,93 @@
-// Attention with online softmax (Dao et al., 2022), in tiles of kQueryBlock queries by kKeyBlock keys that stay in the
-// second-level cache. Tiles hold the scores transposed, a row a key and a lane a query: then K and V are read where
-// they are, no reduction crosses lanes, and only Q (and dO) are transposed, once for each block.
-//
-// Forward, a task for each block of queries of a sequence: S' = K Q', softmax down the columns, O = O * rescale + P V.
-// Backward, a task for each key head of a sequence (or part of its queries): S' = K Q', dP' = V dO', dV += P' dO,
-// dK += dS' Q, dQ = dS K, with P recomputed from the log-sum-exp. dQ is complete after a block; dK, dV and the sums of
-// dS along diagonals, which are the gradient of the bias by distance, go to the task's own buffer, so nothing is shared
-// and no sum depends on timing.
-// The gradient of a mask recomputes dS, a task for each tile of the mask, and sums it over what was broadcast.
-// Tiles that the band or the mask empties are skipped.
-//
-// Bytes: Q, O, dO, dQ once; K and V once for each block of queries, from cache where a head's fit. FLOPs for each pair
-// inside the band: 4 D forward, 10 D backward, 4 D more for the gradient of a mask.
-//
-// Measured on one of 2 cores of an AMD EPYC (Zen 4), fp32, best of 12, other work on the machine; torch.mm: 85 GFLOP/s.
-// (B, H, S, D)                    AVX-512, GFLOP/s   PyTorch's fused kernel beside it
-// (2, 12, 1024, 64)   forward     85, causal 79      79, causal 54
-//                     backward    93, causal 82      75, causal 51
-// (1, 8, 2048, 128)   forward     94, causal 89      85, causal 67
-//                     backward    94, causal 89      83, causal 66
-// T5's bias or ALiBi: 2 % less, with the bias's gradient 3 %; a softcap: 15 % forward, 10 % backward.
-// AVX2 there: 74 forward and 77 backward at (2, 12, 1024, 64); portable: 25 and 28.
+// Attention's products in the compute type, and what is around the passes of attention_passes.h: conversion of keys and
+// values, sums of parts.
 #include "cpu/attention.h"
 
-#include "cpu/attention_tile.h"
+#include "cpu/attention_passes.h"
 
 namespace pyllm::PYLLM_ISA {
 
 namespace {
 
-// The sum of term(0) to term(count - 1): of runs first, since the error of one long chain would show in a whole row.
-template <class C, class Term>
-[[gnu::always_inline]] inline Vec<C> sum_of_runs(int count, Term&& term) {
-  constexpr int run = 16;
-  Vec<C> total{};
-  for (int start = 0; start < count; start += run) {
-    Vec<C> part{};
-    for (int j = start; j < (start + run < count ? start + run : count); ++j) part += term(j);
-    total += part;
-  }
-  return total;
-}
-
-// Where a block's statistics begin in (B, H, Sq).
-inline int64_t statistics_index(const Attention& call, const Block& block) {
-  return (block.sequence->batch * call.heads + block.head) * call.sq + block.query_row();
-}
-
-// --- forward ---
-
-// What the lanes of a block carry from one tile of keys to the next.
-template <class C>
-struct Softmax {
-  alignas(64) C peak[kQueryBlock], total[kQueryBlock] = {}, rescale[kQueryBlock];
-  Softmax() {
-    for (C& lane : peak) lane = -kInfinity<C>;
-  }
-};
-
-// Scores become exp(score - peak); the sums and the factor that earlier results need are brought up to date.
-template <class C>
-void exponentiate(const Block& block, int keys, C* scores, Softmax<C>& softmax) {
-  for_lanes<C>(block, [&](int i) {
-    const Vec<C> before = load(softmax.peak + i);
-    Vec<C> peaks[2] = {before, before};
-    for (int j = 0; j < keys; ++j) peaks[j % 2] = max<C>(load(scores + j * kQueryBlock + i), peaks[j % 2]);
-    const Vec<C> peak = max<C>(peaks[0], peaks[1]);
-    const Vec<C> shift = peak == -kInfinity<C> ? Vec<C>{} : peak;  // nothing seen yet: every exponential is 0
-    const Vec<C> total = sum_of_runs<C>(keys, [&](int j) {
-      C* score = scores + j * kQueryBlock + i;
-      const Vec<C> e = exp(load(score) - shift);
-      store(score, e);
-      return e;
-    });
-    const Vec<C> rescale = exp(before - shift);
-    store(softmax.rescale + i, rescale);
-    store(softmax.total + i, load(softmax.total + i) * rescale + total);
-    store(softmax.peak + i, peak);
-  });
-}
-
+// The products that attention is made of, for a block of queries and a tile of keys. Tiles are (keys, kQueryBlock).
 template <class T>
-void forward(const AttentionForward& args, int64_t task) {
+class PlainProducts {
+ public:
+  using Storage = T;
   using C = Compute<T>;
-  const Attention& call = args.call;
-  const int64_t width = padded<C>(call.dim);
-  const QueryBlock& queries = args.blocks[task % args.block_count];
-  const Block block = make_block(call, *queries.sequence, task / args.block_count, queries.index);
-  const int64_t batch = block.sequence->batch;
-  C* query_t = scratch<C, 0>(width * kQueryBlock);
-  C* scores = scratch<C, 1>(kKeyBlock * kQueryBlock);
-  C* out = scratch<C, 2>(kQueryBlock * width);
-  const T* query = call.query.at<const T>(batch, block.head, block.query_row());
-  transpose_rows<C>(block.count, call.dim, query_t, [&](int row, int64_t column, int count) {
-    return load(query + row * call.query.row + column, count);
-  });
-  Softmax<C> softmax;
-  bool begun = false;
-  for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
-    const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
-    if (!make_scores<C>(call, block, key, keys, query_t, scores, nullptr)) continue;
-    exponentiate(block, keys, scores, softmax);
-    if (call.dropout) {
-      const C* keep = keep_factors<C>(call, block, key, keys);
-      for (int j = 0; j < keys; ++j) {
-        for_lanes<C>(block, [&, at = j * kQueryBlock](int i) {
-          store(scores + at + i, load(scores + at + i) * load(keep + at + i));
-        });
-      }
-    }
-    multiply_add<true>(block.count, width, keys, scores, kQueryBlock,
-                       call.value.at<const C>(batch, block.key_head, block.key_row(key)), call.value.row, out, width,
-                       Update<C>{.set = !begun, .beta = softmax.rescale});
-    begun = true;
-  }
-  C* lse = static_cast<C*>(args.lse) + statistics_index(call, block);
-  for (int row = 0; row < block.count; ++row) {
-    const C total = softmax.total[row];
-    const bool empty = total == 0;
-    lse[row] = empty ? -kInfinity<C> : softmax.peak[row] + std::log(total);
-    T* to = args.out.at<T>(batch, block.head, block.query_row() + row);
-    for_vectors<C>(call.dim, [&](int64_t i, int count) {
-      store(to + i, empty ? Vec<C>{} : load(out + row * width + i) / total, count);
-    });
-  }
-}
 
-// --- backward ---
-
-// A block of queries and of dO: rows padded to `width`, their transposes, and what the lanes need.
-template <class C>
-struct Rows {
-  C *query, *query_t, *dout, *dout_t;
-  alignas(64) C delta[kQueryBlock], dlse[kQueryBlock];
-  alignas(64) C lse[kQueryBlock];  // an empty query's lse is infinity, so that exp(s - lse) is 0
-};
-
-// Rows of a block, padded with zeros to `width`, at `to` and transposed at `to_t`.
-template <class T, class C>
-void load_rows(const Heads& from, const Block& block, int64_t dim, int64_t width, C* to, C* to_t) {
-  for (int row = 0; row < block.count; ++row)
-    convert_row(from.at<const T>(block.sequence->batch, block.head, block.query_row() + row), dim, to + row * width,
-                width);
-  transpose_rows<C>(block.count, width, to_t,
-                    [&](int row, int64_t column, int) { return load(to + row * width + column); });
-}
-
-template <class T, class C = Compute<T>>
-void load_block(const AttentionBackward& args, const Block& block, int64_t width, Rows<C>& rows) {
-  const Attention& call = args.call;
-  const int64_t size = width * kQueryBlock;
-  C* memory = scratch<C, 0>(6 * size);
-  C *out = memory + 4 * size, *out_t = memory + 5 * size;
-  rows.query = memory;
-  rows.query_t = memory + size;
-  rows.dout = memory + 2 * size;
-  rows.dout_t = memory + 3 * size;
-  load_rows<T>(call.query, block, call.dim, width, rows.query, rows.query_t);
-  load_rows<T>(args.dout, block, call.dim, width, rows.dout, rows.dout_t);
-  load_rows<T>(args.out, block, call.dim, width, out, out_t);
-  // Summed in the order of the products dO V, so that errors cancel where a query sees one key.
-  for_lanes<C>(block, [&](int i) {
-    Vec<C> delta{};
-    for (int64_t d = 0; d < width; ++d)
-      delta += load(rows.dout_t + d * kQueryBlock + i) * load(out_t + d * kQueryBlock + i);
-    store(rows.delta + i, delta);
-  });
-  const int64_t index = statistics_index(call, block);
-  for (int row = 0; row < kQueryBlock; ++row) {
-    const C lse = row < block.count ? static_cast<const C*>(args.lse)[index + row] : -kInfinity<C>;
-    const bool empty = lse == -kInfinity<C>;
-    rows.lse[row] = empty ? kInfinity<C> : lse;
-    rows.dlse[row] = empty || args.dlse == nullptr ? 0 : static_cast<const C*>(args.dlse)[index + row];
-    if (empty) rows.delta[row] = 0;
-  }
-}
-
-// The tile's P (dropout applied) and dS, transposed, and what `make_scores` makes and returns.
-template <class C>
-bool score_gradients(const Attention& call, const Block& block, const Rows<C>& rows, int64_t key, int keys, C* p, C* ds,
-                     C* derivatives) {
-  if (!make_scores(call, block, key, keys, rows.query_t, p, derivatives)) return false;
-  multiply_add<false>(keys, vectors<C>(block) * kLanes<C>, call.dim,
-                      call.value.at<const C>(block.sequence->batch, block.key_head, block.key_row(key)), call.value.row,
-                      rows.dout_t, kQueryBlock, ds, kQueryBlock, Update<C>{.set = true});
-  const C* keep = call.dropout ? keep_factors<C>(call, block, key, keys) : nullptr;
-  // The rounding of lse and of out moves a whole row; where all of the row is here, its own sums are used instead.
-  const bool whole = key == block.begin && key + keys == block.end;
-  Softmax<C> softmax;
-  if (whole) exponentiate(block, keys, p, softmax);
-  for_lanes<C>(block, [&](int lane) {
-    const auto at = [=](auto* tile, int j) { return tile + j * kQueryBlock + lane; };
-    const Vec<C> lse = load(rows.lse + lane), dlse = load(rows.dlse + lane);
-    if (!whole) {
-      for (int j = 0; j < keys; ++j) store(at(p, j), exp(load(at(p, j)) - lse));
-    }
-    if (keep != nullptr) {
-      for (int j = 0; j < keys; ++j) store(at(ds, j), load(at(ds, j)) * load(at(keep, j)));
-    }
-    Vec<C> delta = load(rows.delta + lane), total = load(softmax.total + lane);
-    if (whole) {
-      total = total > 0 ? total : splat(C{1});
-      delta = sum_of_runs<C>(keys, [&](int j) { return load(at(p, j)) * load(at(ds, j)); }) / total;
-    }
-    for (int j = 0; j < keys; ++j) {
-      const Vec<C> weight = whole ? load(at(p, j)) / total : load(at(p, j));
-      store(at(p, j), keep != nullptr ? weight * load(at(keep, j)) : weight);
-      store(at(ds, j), weight * ((load(at(ds, j)) - delta) + dlse));
-    }
-  });
-  return true;
-}
-
-// Adds the sums of dS by distance to `totals`, (2 * reach + 1).
-template <class C>
-void sum_by_distance(const Attention& call, const Block& block, int64_t key, int keys, const C* ds, C* totals) {
-  ByDistance<C> sums{};
-  // Rows that are added to the same numbers are far apart in time, so that no load waits for a store.
-  for (int first = 0; first < kQueryBlock; ++first) {
-    for (int j = first; j < keys; j += kQueryBlock) {
-      C* to = sums.row(j);
-      for_lanes<C>(block, [&](int i) { store(to + i, load(to + i) + load(ds + j * kQueryBlock + i)); });
-    }
-  }
-  const int64_t reach = call.biases.reach;
-  C below = 0, above = 0;
-  sums.each(block, key, keys, [&](C sum, int64_t distance) {
-    if (distance <= -reach) {
-      below += sum;
-    } else if (distance >= reach) {
-      above += sum;
-    } else {
-      totals[distance + reach] += sum;
-    }
-  });
-  totals[0] += below;
-  totals[2 * reach] += above;
-}
-
-// to[i] = scale * the sum over the parts of from[part * stride + i], for i below n
-template <class C, class T>
-void sum_parts(const C* from, int64_t parts, int64_t stride, int64_t n, C scale, T* to) {
-  for_vectors<C>(n, [&](int64_t i, int count) {
-    Vec<C> total{};
-    for (int64_t part = 0; part < parts; ++part) total += load(from + part * stride + i, count);
-    store(to + i, total * scale, count);
-  });
-}
-
-// `count` lanes of a mask's gradient, in a dtype of `visit_mask_type`.
-template <class C, class M>
-void store_lanes(M* to, Vec<C> v, int count) {
-  if constexpr (std::is_same_v<Compute<M>, C> && !std::is_same_v<M, uint8_t>) {
-    store(to, v, count);
-  } else {
-    for (int i = 0; i < count; ++i) to[i] = static_cast<M>(v[i]);
-  }
-}
-
-// Stores a tile (columns, kQueryBlock) as the matrix (rows, columns) of the dtype that it transposes to.
-template <class C>
-void store_transposed(const C* tile, int rows, int columns, DType dtype, void* data, int64_t offset, int64_t stride) {
-  constexpr int lanes = kLanes<C>;
-  visit_mask_type<C>(dtype, [&](auto type) {
-    auto* to = static_cast<decltype(type)*>(data) + offset;
-    for (int column = 0; column < columns; column += lanes) {
-      const int count = columns - column < lanes ? columns - column : lanes;
-      for (int row = 0; row < rows; row += lanes) {
-        Vec<C> square[lanes];
-        for (int i = 0; i < lanes; ++i)
-          square[i] = i < count ? load(tile + (column + i) * kQueryBlock + row) : Vec<C>{};
-        transpose<C>(square);
-        for (int r = 0; r < lanes && row + r < rows; ++r)
-          store_lanes<C>(to + (row + r) * stride + column, square[r], count);
-      }
-    }
-  });
-}
-
-template <class T>
-void backward(const AttentionBackward& args, int64_t task) {
-  using C = Compute<T>;
-  const Attention& call = args.call;
-  const int64_t width = padded<C>(call.dim), group = call.heads / call.kv_heads;
-  const int64_t part = task % args.parts, key_head = task / args.parts % call.kv_heads;
-  const Sequence& sequence = call.sequences[task / args.parts / call.kv_heads];
-  const int64_t blocks = blocks_of(sequence.sq), keys_of_all = call.batches * call.sk;
-  C *dkey, *dvalue;
-  if (args.partials == nullptr) {
-    dkey = scratch<C, 5>(2 * sequence.sk * width);
-    dvalue = dkey + sequence.sk * width;
-  } else {
-    dkey = static_cast<C*>(args.partials) +
-           ((key_head * args.parts + part) * 2 * keys_of_all + sequence.batch * call.sk + sequence.key) * width;
-    dvalue = dkey + keys_of_all * width;
-  }
-  std::memset(dkey, 0, sequence.sk * width * sizeof(C));
-  std::memset(dvalue, 0, sequence.sk * width * sizeof(C));
-  const int64_t distances = 2 * call.biases.reach + 1;
-  const auto bias_sums = [&](int64_t head) {
-    return static_cast<C*>(args.bias_partials) + ((head * call.count + sequence.index) * args.parts + part) * distances;
+  // Of the block: (queries, padded head_dim), and the transpose (head_dim, kQueryBlock).
+  struct Operand {
+    C *rows, *columns;
   };
-  if (args.bias_partials != nullptr) {
-    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
-      std::memset(bias_sums(head), 0, distances * sizeof(C));
+  Operand query = {}, dout = {};
+
+  explicit PlainProducts(const Attention& call) : call_(call), width_(padded<C>(call.dim)) {}
+
+  // What the forward needs.
+  void load_queries(const Block& block) {
+    block_ = block;
+    query.columns = scratch<C, 0>(width_ * kQueryBlock);
+    const T* from = rows_of(call_.query);
+    transpose_rows<C>(block.count, call_.dim, query.columns, [&](int row, int64_t column, int count) {
+      return load(from + row * call_.query.row + column, count);
+    });
   }
-  C* p = scratch<C, 1>(kKeyBlock * kQueryBlock);
-  C* ds = scratch<C, 2>(kKeyBlock * kQueryBlock);
-  C* dquery = scratch<C, 3>(kQueryBlock * width);
-  C* derivatives = call.softcap != 0 ? scratch<C, 4>(kKeyBlock * kQueryBlock) : nullptr;
-  Rows<C> rows;
-  constexpr Update<C> add{};
-  for (int64_t item = part; item < group * blocks; item += args.parts) {
-    const Block block = make_block(call, sequence, key_head * group + item / blocks, item % blocks);
-    load_block<T>(args, block, width, rows);
-    std::memset(dquery, 0, kQueryBlock * width * sizeof(C));
-    for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
-      const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
-      if (!score_gradients(call, block, rows, key, keys, p, ds, derivatives)) continue;
-      if (args.bias_partials != nullptr) sum_by_distance(call, block, key, keys, ds, bias_sums(block.head));
-      if (const ScoreMask& to = args.dmask; to.data) {
-        const int64_t offset = sequence.index * to.sequence + block.head * to.head + block.first * to.row + key;
-        store_transposed(ds, block.count, keys, to.data.dtype, to.data.data, offset, to.row);
-      }
-      if (derivatives != nullptr) {
-        for (int j = 0; j < keys; ++j) {
-          for_lanes<C>(block, [&, at = j * kQueryBlock](int i) {
-            store(ds + at + i, load(ds + at + i) * load(derivatives + at + i));
-          });
-        }
-      }
-      multiply_add<false>(keys, width, block.count, p, kQueryBlock, rows.dout, width, dvalue + key * width, width, add);
-      multiply_add<false>(keys, width, block.count, ds, kQueryBlock, rows.query, width, dkey + key * width, width, add);
-      multiply_add<true>(block.count, width, keys, ds, kQueryBlock,
-                         call.key.at<const C>(sequence.batch, key_head, block.key_row(key)), call.key.row, dquery,
-                         width, add);
-    }
-    const C scale = static_cast<C>(call.scale);
-    for (int row = 0; row < block.count; ++row) {
-      T* to = args.dquery.at<T>(sequence.batch, block.head, block.query_row() + row);
-      for_vectors<C>(call.dim,
-                     [&](int64_t i, int count) { store(to + i, load(dquery + row * width + i) * scale, count); });
-    }
+
+  // What the backward needs, and delta, the sum of dO O for each query.
+  void load_rows(const AttentionBackward& args, const Block& block, C* delta) {
+    block_ = block;
+    const int64_t size = width_ * kQueryBlock;
+    C* memory = scratch<C, 0>(6 * size);
+    query = load_operand(call_.query, memory);
+    dout = load_operand(args.dout, memory + 2 * size);
+    const Operand out = load_operand(args.out, memory + 4 * size);
+    // Summed in the order of the products dO V, so that errors cancel where a query sees one key.
+    for_lanes<C>(block, [&](int i) {
+      Vec<C> sum{};
+      for (int64_t at = i; at < size; at += kQueryBlock) sum += load(dout.columns + at) * load(out.columns + at);
+      store(delta + i, sum);
+    });
   }
-  if (args.partials != nullptr) return;
-  for (int64_t key = 0; key < sequence.sk; ++key) {
-    const auto write = [&](const Heads& to, const C* from, double scale) {
-      sum_parts(from + key * width, 1, 0, call.dim, static_cast<C>(scale),
-                to.at<T>(sequence.batch, key_head, sequence.key + key));
-    };
-    write(args.dkey, dkey, call.scale);
-    write(args.dvalue, dvalue, 1.0);
+
+  // to = alpha rows by', (keys, kQueryBlock)
+  void multiply_keys(const Keys& keys, int64_t key, int count, const Operand& by, C alpha, C* to) const {
+    multiply_add<false>(count, vectors<C>(block_) * kLanes<C>, call_.dim, at(keys, key), keys.rows.row, by.columns,
+                        kQueryBlock, to, kQueryBlock, Update<C>{.set = true, .alpha = alpha});
   }
-}
+
+  // to = keys' tile, or that is added to it: (head_dim, kQueryBlock)
+  void sum_over_keys(const Keys& keys, int64_t key, int count, const C* tile, bool set, C* to) const {
+    multiply_add<true>(call_.dim, vectors<C>(block_) * kLanes<C>, count, at(keys, key), keys.rows.row, tile,
+                       kQueryBlock, to, kQueryBlock, Update<C>{.set = set});
+  }
+
+  // to += tile by, (keys, padded head_dim)
+  void sum_over_queries(int count, const C* tile, const Operand& by, C* to) const {
+    multiply_add<false>(count, width_, block_.count, tile, kQueryBlock, by.rows, width_, to, width_, Update<C>{});
+  }
+
+ private:
+  const T* rows_of(const Heads& from) const {
+    return from.at<const T>(block_.sequence->batch, block_.head, block_.query_row());
+  }
+
+  const C* at(const Keys& keys, int64_t key) const {
+    return keys.rows.at<const C>(block_.sequence->batch, block_.key_head, block_.key_row(key));
+  }
+
+  Operand load_operand(const Heads& from, C* memory) const {
+    const Operand to{memory, memory + width_ * kQueryBlock};
+    for (int row = 0; row < block_.count; ++row)
+      convert_row(rows_of(from) + row * from.row, call_.dim, to.rows + row * width_, width_);
+    transpose_rows<C>(block_.count, width_, to.columns,
+                      [&](int row, int64_t column, int) { return load(to.rows + row * width_ + column); });
+    return to;
+  }
+
+  const Attention& call_;
+  const int64_t width_;
+  Block block_;
+};
 
 template <class T>
 void key_gradient(const KeyGradient& args, int64_t begin, int64_t end) {
@@ -362,7 +97,8 @@ void key_gradient(const KeyGradient& args, int64_t begin, int64_t end) {
     const int64_t head = index / args.keys, key = index % args.keys, batch = key / args.sk, row = key % args.sk;
     const C* part = static_cast<const C*>(args.partials) + head * args.parts * 2 * size + key * width;
     sum_parts(part, args.parts, 2 * size, args.dim, static_cast<C>(args.scale), args.dkey.at<T>(batch, head, row));
-    sum_parts(part + size, args.parts, 2 * size, args.dim, C{1}, args.dvalue.at<T>(batch, head, row));
+    sum_parts(part + size, args.parts, 2 * size, args.dim, static_cast<C>(args.value_scale),
+              args.dvalue.at<T>(batch, head, row));
   }
 }
 
@@ -375,71 +111,14 @@ void bias_gradient(const BiasGradient& args, int64_t head) {
             args.summed, C{1}, to + beyond);
 }
 
-// dS summed over what the mask was broadcast to, for one tile of the mask.
-template <class T>
-void mask_gradient(const MaskGradient& args, int64_t task) {
-  using C = Compute<T>;
-  const Attention& call = args.backward.call;
-  const int64_t width = padded<C>(call.dim);
-  const int64_t column_block = task % args.column_blocks(), row_block = task / args.column_blocks() % args.row_blocks();
-  const int64_t head = task / args.column_blocks() / args.row_blocks();
-  const int64_t mask_sequence = head / args.heads, mask_head = head % args.heads;
-  const int64_t column_begin = column_block * kKeyBlock;
-  C* p = scratch<C, 1>(kKeyBlock * kQueryBlock);
-  C* ds = scratch<C, 2>(kKeyBlock * kQueryBlock);
-  C* sums = scratch<C, 3>(kKeyBlock * kQueryBlock);
-  std::memset(sums, 0, kKeyBlock * kQueryBlock * sizeof(C));
-  Rows<C> rows;
-  const auto each = [](int64_t own, int64_t size, int64_t full, auto&& body) {
-    for (int64_t i = size == 1 ? 0 : own; i < full && (size == 1 || i == own); ++i) body(i);
-  };
-  each(mask_sequence, args.sequences, call.count, [&](int64_t s) {
-    const Sequence& sequence = call.sequences[s];
-    // Keys of this tile of the mask: all where its columns are broadcast.
-    const int64_t column_end =
-        args.columns == 1 || column_begin + kKeyBlock > sequence.sk ? sequence.sk : column_begin + kKeyBlock;
-    each(mask_head, args.heads, call.heads, [&](int64_t h) {
-      each(row_block, args.rows, blocks_of(sequence.sq), [&](int64_t index) {
-        const Block block = make_block(call, sequence, h, index);
-        const int64_t begin = block.begin > column_begin ? block.begin : column_begin;
-        const int64_t end = block.end < column_end ? block.end : column_end;
-        if (begin < end) load_block<T>(args.backward, block, width, rows);
-        for (int64_t key = begin; key < end; key += kKeyBlock) {
-          // Where the columns are not broadcast, a key's row of `sums` is its place in the tile.
-          const int keys = end - key < kKeyBlock ? static_cast<int>(end - key) : kKeyBlock;
-          if (!score_gradients<C>(call, block, rows, key, keys, p, ds, nullptr)) continue;
-          C* to = sums + (args.columns == 1 ? 0 : key - column_begin) * kQueryBlock;
-          for (int j = 0; j < keys; ++j) {
-            for_lanes<C>(
-                block, [&, at = j * kQueryBlock](int i) { store(to + at + i, load(to + at + i) + load(ds + at + i)); });
-          }
-        }
-      });
-    });
-  });
-  const int64_t row_begin = row_block * kQueryBlock, columns_left = args.columns - column_begin;
-  const int rows_here = args.rows - row_begin < kQueryBlock ? static_cast<int>(args.rows - row_begin) : kQueryBlock;
-  const int columns_here = columns_left < kKeyBlock ? static_cast<int>(columns_left) : kKeyBlock;
-  if (args.columns == 1) {
-    for (int j = 1; j < kKeyBlock; ++j)
-      for (int i = 0; i < kQueryBlock; ++i) sums[i] += sums[j * kQueryBlock + i];
-  }
-  if (args.rows == 1) {
-    for (int j = 0; j < columns_here; ++j)
-      for (int i = 1; i < kQueryBlock; ++i) sums[j * kQueryBlock] += sums[j * kQueryBlock + i];
-  }
-  store_transposed(sums, rows_here, columns_here, args.dmask.dtype, args.dmask.data,
-                   (head * args.rows + row_begin) * args.columns + column_begin, args.columns);
-}
-
 template <class T>
 void pack(const PackRows& args, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const int64_t width = padded<C>(args.dim);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t row = index % args.rows, head = index / args.rows;
-    convert_row(args.from.at<const T>(head / args.heads, head % args.heads, row), args.dim,
-                static_cast<C*>(args.to) + index * width, width);
+    const T* from = args.from.at<const T>(head / args.heads, head % args.heads, row);
+    C* to = static_cast<C*>(args.to) + index * args.dim;
+    for_vectors<C>(args.dim, [&](int64_t i, int count) { store(to + i, load(from + i, count), count); });
   }
 }
 
@@ -447,13 +126,19 @@ void pack(const PackRows& args, int64_t begin, int64_t end) {
 
 void attention_fwd(const AttentionForward& args, int64_t begin, int64_t end) {
   visit_dtype(args.call.query.data.dtype, [&](auto type) {
-    for (int64_t task = begin; task < end; ++task) forward<decltype(type)>(args, task);
+    for (int64_t task = begin; task < end; ++task) forward<PlainProducts<decltype(type)>>(args, task);
   });
 }
 
 void attention_bwd(const AttentionBackward& args, int64_t begin, int64_t end) {
   visit_dtype(args.call.query.data.dtype, [&](auto type) {
-    for (int64_t task = begin; task < end; ++task) backward<decltype(type)>(args, task);
+    for (int64_t task = begin; task < end; ++task) backward<PlainProducts<decltype(type)>>(args, task);
+  });
+}
+
+void attention_mask_gradient(const MaskGradient& args, int64_t begin, int64_t end) {
+  visit_dtype(args.backward.call.query.data.dtype, [&](auto type) {
+    for (int64_t task = begin; task < end; ++task) mask_gradient<PlainProducts<decltype(type)>>(args, task);
   });
 }
 
@@ -464,12 +149,6 @@ void attention_key_gradient(const KeyGradient& args, int64_t begin, int64_t end)
 void attention_bias_gradient(const BiasGradient& args, int64_t begin, int64_t end) {
   for (int64_t head = begin; head < end; ++head)
     args.dbias.dtype == DType::f64 ? bias_gradient<double>(args, head) : bias_gradient<float>(args, head);
-}
-
-void attention_mask_gradient(const MaskGradient& args, int64_t begin, int64_t end) {
-  visit_dtype(args.backward.call.query.data.dtype, [&](auto type) {
-    for (int64_t task = begin; task < end; ++task) mask_gradient<decltype(type)>(args, task);
-  });
 }
 
 void attention_pack(const PackRows& args, int64_t begin, int64_t end) {

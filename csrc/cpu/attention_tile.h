@@ -186,11 +186,10 @@ void load_biases(const Attention& call, const Block& block, int64_t key, int key
   });
 }
 
-// Scores (keys, kQueryBlock) of the keys from `key` on; query_t holds the queries transposed. With a softcap,
-// `derivatives`, unless null, receives those of the capped products by the plain ones.
-// Returns false, with the tile undefined, where the mask leaves nothing of it.
-template <class C>
-bool make_scores(const Attention& call, const Block& block, int64_t key, int keys, const C* query_t, C* scores,
+// Scores (keys, kQueryBlock) of the keys from `key` on. With a softcap, `derivatives`, unless null, receives those of
+// the capped products by the plain ones. Returns false, with the tile undefined, where the mask leaves nothing of it.
+template <class Products, class C>
+bool make_scores(const Products& products, const Attention& call, const Block& block, int64_t key, int keys, C* scores,
                  C* derivatives) {
   C* added = nullptr;
   if (call.mask.data) {
@@ -199,10 +198,8 @@ bool make_scores(const Attention& call, const Block& block, int64_t key, int key
   }
   const bool capped = call.softcap != 0;
   const C softcap = static_cast<C>(call.softcap);
-  multiply_add<false>(keys, vectors<C>(block) * kLanes<C>, call.dim,
-                      call.key.at<const C>(block.sequence->batch, block.key_head, block.key_row(key)), call.key.row,
-                      query_t, kQueryBlock, scores, kQueryBlock,
-                      Update<C>{.set = true, .alpha = static_cast<C>(capped ? call.scale / call.softcap : call.scale)});
+  products.multiply_keys(call.key, key, keys, products.query,
+                         static_cast<C>(capped ? call.scale / call.softcap : call.scale), scores);
   // Whether the band ends among the pairs of key j: queries low to high of the block see it.
   const auto cut = [&](int j) {
     const int64_t same = key + j - block.sequence->shift - block.first;
@@ -210,10 +207,11 @@ bool make_scores(const Attention& call, const Block& block, int64_t key, int key
     const int64_t high = call.left < 0 ? kQueryBlock : same + call.left;
     return low > 0 || high < block.count - 1;
   };
-  const bool biased = static_cast<bool>(call.biases);
-  ByDistance<C> biases;
-  if (biased || cut(0) || cut(keys - 1)) load_biases(call, block, key, keys, biases);
+  const bool biased = static_cast<bool>(call.biases), moved = biased || cut(0) || cut(keys - 1);
   const bool* ignored = ignored_keys(call, *block.sequence);
+  if (!capped && !moved && added == nullptr && ignored == nullptr) return true;
+  ByDistance<C> biases;
+  if (moved) load_biases(call, block, key, keys, biases);
   for (int j = 0; j < keys; ++j) {
     C* row = scores + j * kQueryBlock;
     if (capped) {
@@ -240,32 +238,51 @@ bool make_scores(const Attention& call, const Block& block, int64_t key, int key
   return true;
 }
 
-// Dropout's factors of a tile. Lanes are queries, so each Philox call serves eight rows of the tile.
+// Dropout of a tile, without its scale. Lanes are queries, so each Philox call serves eight rows of the tile; its words
+// hold the numbers of two neighbouring rows.
 template <class C>
-C* keep_factors(const Attention& call, const Block& block, int64_t key, int keys) {
-  C* factors = scratch<C, 6>(kKeyBlock * kQueryBlock);
-  const uint32_t head = static_cast<uint32_t>(block.sequence->index * call.heads + block.head);
-  const C scale = static_cast<C>(call.dropout.scale);
-  for (int group = 0; group < keys; group += kPhiloxGroup) {
-    for (int t = 0; t < 4; ++t) {
-      for (int row = 0; row < block.count; row += kLanes<uint32_t>) {
-        Words words[4];
-        random_words(call.dropout, head, static_cast<uint32_t>(block.first + row), (key + group) / kPhiloxGroup, t,
-                     words);
-        for (int i = 0; i < 8; ++i) {
-          const int j = group + 8 * (i / 2) + 2 * t + i % 2;
-          const auto kept = ((words[i / 2] >> (16 * (i % 2))) & 0xFFFF) >= call.dropout.threshold;
-          C* to = factors + j * kQueryBlock + row;
-          if constexpr (sizeof(C) == 4) {
-            store(to, kept ? splat(scale) : Vec<C>{});
-          } else {
-            for (int lane = 0; lane < kLanes<uint32_t>; ++lane) to[lane] = kept[lane] ? scale : 0;
-          }
+class Keep {
+ public:
+  Keep(const Attention& call, const Block& block, int64_t key, int keys)
+      : limit_((call.dropout.threshold << 16) - 1), words_(scratch<uint32_t, 2>(kKeyBlock / 2 * kQueryBlock)) {
+    const uint32_t head = static_cast<uint32_t>(block.sequence->index * call.heads + block.head);
+    for (int group = 0; group < keys; group += kPhiloxGroup) {
+      for (int t = 0; t < 4; ++t) {
+        for (int row = 0; row < block.count; row += kLanes<uint32_t>) {
+          Words words[4];
+          random_words(call.dropout, head, static_cast<uint32_t>(block.first + row), (key + group) / kPhiloxGroup, t,
+                       words);
+          for (int w = 0; w < 4; ++w)
+            std::memcpy(words_ + (group / 2 + 4 * w + t) * kQueryBlock + row, &words[w], sizeof(Words));
         }
       }
     }
   }
-  return factors;
+
+  // v, of row j and the lanes from i on, where it is kept, else 0
+  Vec<C> operator()(Vec<C> v, int j, int i) const {
+    using Bits [[gnu::vector_size(4 * kLanes<C>)]] = uint32_t;
+    using Chosen [[gnu::vector_size(kVectorBytes)]] = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+    Bits bits;
+    std::memcpy(&bits, words_ + j / 2 * kQueryBlock + i, sizeof(bits));
+    // The upper halves decide.
+    return __builtin_convertvector(bits << (j % 2 == 0 ? 16 : 0) > limit_, Chosen) ? v : Vec<C>{};
+  }
+
+ private:
+  uint32_t limit_;  // the greatest word that is dropped
+  uint32_t* words_;
+};
+
+// body(keep) with what drops elements of a tile, if anything does.
+template <class C, class Body>
+[[gnu::always_inline]] inline void with_dropout(const Attention& call, const Block& block, int64_t key, int keys,
+                                                Body&& body) {
+  if (call.dropout) {
+    body(Keep<C>(call, block, key, keys));
+  } else {
+    body([](Vec<C> v, int, int) { return v; });
+  }
 }
 
 }  // namespace pyllm::PYLLM_ISA

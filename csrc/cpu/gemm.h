@@ -18,7 +18,25 @@ struct Update {
   bool set = false;
   const C* beta = nullptr;
   C alpha = 1;
+
+  Update of_row(int64_t row) const { return {set, beta == nullptr ? nullptr : beta + row, alpha}; }
 };
+
+// Writes a tile's sums to C as `update` says.
+template <int rows, int vectors, class C>
+[[gnu::always_inline]] inline void write_tile(const Vec<C> (&total)[rows][vectors], C* c, int64_t c_stride,
+                                              const Update<C>& update) {
+  for (int r = 0; r < rows; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      C* out = c + r * c_stride + v * kLanes<C>;
+      if (update.set) {
+        store(out, total[r][v] * update.alpha);
+      } else {
+        store(out, update.beta == nullptr ? load(out) + total[r][v] : load(out) * update.beta[r] + total[r][v]);
+      }
+    }
+  }
+}
 
 // C (rows, vectors) from A (rows, depth), or its transpose in memory, and B (depth, vectors).
 template <bool transposed, int rows, int vectors, class C, class T>
@@ -34,44 +52,31 @@ void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const T* b, int6
       for (int v = 0; v < vectors; ++v) total[r][v] += column[v] * factor;
     }
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) {
-      C* out = c + r * c_stride + v * lanes;
-      if (update.set) {
-        store(out, total[r][v] * update.alpha);
-      } else {
-        store(out, update.beta == nullptr ? load(out) + total[r][v] : load(out) * update.beta[r] + total[r][v]);
-      }
-    }
-  }
+  write_tile<rows, vectors, C>(total, c, c_stride, update);
 }
 
-// The same with `count` rows, 0 to `rows`.
-template <bool transposed, int vectors, int rows = kTileRows, class C, class T>
-void multiply_rows(int count, int64_t depth, const C* a, int64_t a_stride, const T* b, int64_t b_stride, C* c,
-                   int64_t c_stride, Update<C> update) {
+// tile<count, vectors>(), count being at most `rows`.
+template <int vectors, int rows, class Tile>
+[[gnu::always_inline]] inline void with_rows(int count, Tile&& tile) {
   if constexpr (rows > 0) {
     if (count == rows) {
-      multiply_tile<transposed, rows, vectors>(depth, a, a_stride, b, b_stride, c, c_stride, update);
+      tile.template operator()<rows, vectors>();
     } else {
-      multiply_rows<transposed, vectors, rows - 1>(count, depth, a, a_stride, b, b_stride, c, c_stride, update);
+      with_rows<vectors, rows - 1>(count, tile);
     }
   }
 }
 
-// C (rows, columns) from A (rows, depth), or its transpose in memory, and B (depth, columns); strides are those of the
-// rows in memory; columns is a multiple of the lanes. B may be in a storage type: it is converted in registers.
-template <bool transposed, class C, class T>
-void multiply_add(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_stride, const T* b,
-                  int64_t b_stride, C* c, int64_t c_stride, Update<C> update) {
+// tile<rows, vectors>(row, column) for the tiles that a matrix (rows, columns) is made of; columns is a multiple of the
+// lanes.
+template <class C, class Tile>
+[[gnu::always_inline]] inline void for_tiles(int64_t rows, int64_t columns, Tile&& tile) {
   constexpr int lanes = kLanes<C>;
   const auto panel = [&]<int vectors>(int64_t column) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int count = rows - row < kTileRows ? static_cast<int>(rows - row) : kTileRows;
-      multiply_rows<transposed, vectors, vectors <= kTileVectors ? kTileRows : kWideRows>(
-          count, depth, a + row * (transposed ? 1 : a_stride), a_stride, b + column, b_stride,
-          c + row * c_stride + column, c_stride,
-          {update.set, update.beta == nullptr ? nullptr : update.beta + row, update.alpha});
+      with_rows<vectors, vectors <= kTileVectors ? kTileRows : kWideRows>(
+          count, [&]<int r, int v>() { tile.template operator()<r, v>(row, column); });
     }
   };
   int64_t column = 0;
@@ -85,6 +90,17 @@ void multiply_add(int64_t rows, int64_t columns, int64_t depth, const C* a, int6
     for (; column + 2 * lanes <= columns; column += 2 * lanes) panel.template operator()<2>(column);
   }
   for (; column < columns; column += lanes) panel.template operator()<1>(column);
+}
+
+// C (rows, columns) from A (rows, depth), or its transpose in memory, and B (depth, columns); strides are those of the
+// rows in memory; columns is a multiple of the lanes. B may be in a storage type: it is converted in registers.
+template <bool transposed, class C, class T>
+void multiply_add(int64_t rows, int64_t columns, int64_t depth, const C* a, int64_t a_stride, const T* b,
+                  int64_t b_stride, C* c, int64_t c_stride, Update<C> update) {
+  for_tiles<C>(rows, columns, [&]<int r, int v>(int64_t row, int64_t column) {
+    multiply_tile<transposed, r, v>(depth, a + row * (transposed ? 1 : a_stride), a_stride, b + column, b_stride,
+                                    c + row * c_stride + column, c_stride, update.of_row(row));
+  });
 }
 
 // --- transposition of as many vectors as each has lanes ---

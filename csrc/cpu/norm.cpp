@@ -15,6 +15,7 @@ void forward(const NormCall& call) {
                          .residual = array(call.residual),
                          .weight = array(call.weight),
                          .bias = array(call.bias),
+                         .x_bias = array(call.x_bias),
                          .y = array(call.y),
                          .z = call.residual.has_value() ? array(call.z) : Array{},
                          .mean = call.rms ? nullptr : call.mean.data_ptr(),
@@ -36,7 +37,7 @@ void backward(const NormGradientCall& call) {
   const int64_t chunks = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   const int64_t rows_per_chunk = chunks == 0 ? 0 : (rows.count + chunks - 1) / chunks;
   Tensor partials;
-  if (call.wants_sums()) partials = uninitialised(z, {chunks, 2, rows.width}, statistics_type(z));
+  if (call.wants_sums()) partials = uninitialised(z, {chunks, kColumnSums, rows.width}, statistics_type(z));
   const NormBackward args{.dy = array(call.dy),
                           .dz = array(call.dz),
                           .z = array(z),
@@ -46,6 +47,7 @@ void backward(const NormGradientCall& call) {
                           .mean = call.mean.has_value() ? call.mean->data_ptr() : nullptr,
                           .rstd = call.rstd.data_ptr(),
                           .partials = call.wants_sums() ? partials.data_ptr() : nullptr,
+                          .gradients = call.gradients(),
                           .rows = rows.count,
                           .width = rows.width,
                           .rows_per_chunk = rows_per_chunk,
@@ -56,8 +58,7 @@ void backward(const NormGradientCall& call) {
                               [&, kernel = pick_norm_bwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });
   if (call.wants_sums()) {
     const ColumnSum sum{.partials = partials.data_ptr(),
-                        .dweight = call.weight.has_value() ? array(call.dweight) : Array{},
-                        .dbias = call.bias.has_value() ? array(call.dbias) : Array{},
+                        .gradients = call.gradients(),
                         .chunks = chunks,
                         .width = rows.width,
                         .compute = z.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32};

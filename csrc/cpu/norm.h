@@ -1,15 +1,18 @@
-// LayerNorm and RMSNorm on the CPU, plain or with dropout and residual addition in front: what the binding hands over.
+// LayerNorm and RMSNorm on the CPU, plain or with bias, dropout and residual addition in front: what the binding hands
+// over.
 #pragma once
 
 #include "cpu/isa.h"
 #include "dropout.h"
 #include "dtype.h"
+#include "norm_sums.h"
 
 namespace pyllm {
 
-// z = residual + dropout(x), or x itself; y = normalised z * weight + bias. Matrices are contiguous (rows, width).
+// z = residual + dropout(x + x_bias), or x itself; y = normalised z * weight + bias. Matrices are contiguous (rows,
+// width).
 struct NormForward {
-  Array x, residual, weight, bias;
+  Array x, residual, weight, bias, x_bias;
   Array y, z;  // z only with a residual
   void *mean, *rstd;
   int64_t width;
@@ -18,22 +21,23 @@ struct NormForward {
   Dropout dropout;
 };
 
-// dresidual = gradient of z; dx = that through the dropout. Partial sums of dweight and dbias go to row `chunk` of
-// (chunks, 2, width) in the compute type, a chunk being `rows_per_chunk` rows.
+// dresidual = gradient of z; dx = that through the dropout. Partial sums of columns go to row `chunk` of (chunks,
+// kColumnSums, width) in the compute type, a chunk being `rows_per_chunk` rows.
 struct NormBackward {
   Array dy, dz, z, weight;
   Array dx, dresidual;  // dx only where it differs from dresidual
   const void *mean, *rstd;
-  void* partials;  // null where neither gradient is wanted
+  void* partials;  // null where no gradient is wanted
+  ColumnGradients gradients;
   int64_t rows, width, rows_per_chunk;
   bool rms, past_caches;
   Dropout dropout;
 };
 
-// gradient[j] = sum over the chunks of partials[chunk][which][j]
+// gradients.at[which][j] = sum over the chunks of partials[chunk][which][j]
 struct ColumnSum {
   const void* partials;
-  Array dweight, dbias;
+  ColumnGradients gradients;
   int64_t chunks, width;
   DType compute;
 };

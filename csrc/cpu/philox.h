@@ -15,29 +15,41 @@ inline constexpr int kPhiloxGroup = 32;
 // Columns whose bits one Philox call per lane makes: eight for each 32-bit lane.
 inline constexpr int kPhiloxColumns = 8 * kLanes<uint32_t>;
 
-// Low and high halves of the products of 32-bit lanes with a constant.
-inline void multiply(Words a, uint32_t b, Words& low, Words& high) {
-  using Wide = Vec<uint64_t>;
-  const Wide even = (bit_cast<Wide>(a) & 0xFFFFFFFFu) * static_cast<uint64_t>(b);
-  const Wide odd = (bit_cast<Wide>(a) >> 32) * static_cast<uint64_t>(b);
-  low = bit_cast<Words>((even & 0xFFFFFFFFu) | (odd << 32));
-  high = bit_cast<Words>((even >> 32) | (odd & 0xFFFFFFFF00000000u));
+// The products of the low halves of 64-bit lanes with a constant.
+inline Vec<uint64_t> product(Vec<uint64_t> a, uint32_t b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<uint64_t>>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<uint64_t>>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__x86_64__)
+  return bit_cast<Vec<uint64_t>>(_mm_mul_epu32(bit_cast<__m128i>(a), _mm_set1_epi64x(b)));
+#else
+  return (a & 0xFFFFFFFFu) * static_cast<uint64_t>(b);
+#endif
 }
 
-// The ten rounds on four counter words, in place.
+// The ten rounds on four counter words, in place. Even and odd lanes go apart, each in the low half of a 64-bit lane,
+// since that is what a multiplication reads; the high halves hold whatever is left there.
 inline void philox(const Dropout& dropout, Words (&c)[4]) {
+  using Wide = Vec<uint64_t>;
+  Wide halves[2][4];
+  for (int w = 0; w < 4; ++w) {
+    halves[0][w] = bit_cast<Wide>(c[w]);
+    halves[1][w] = halves[0][w] >> 32;
+  }
   uint32_t k0 = dropout.seed_low, k1 = dropout.seed_high;
   for (int round = 0; round < 10; ++round) {
-    Words low0, high0, low1, high1;
-    multiply(c[0], 0xD2511F53u, low0, high0);
-    multiply(c[2], 0xCD9E8D57u, low1, high1);
-    c[0] = high1 ^ c[1] ^ k0;
-    c[1] = low1;
-    c[2] = high0 ^ c[3] ^ k1;
-    c[3] = low0;
+    for (Wide(&h)[4] : halves) {
+      const Wide product0 = product(h[0], 0xD2511F53u), product1 = product(h[2], 0xCD9E8D57u);
+      h[0] = (product1 >> 32) ^ h[1] ^ k0;
+      h[1] = product1;
+      h[2] = (product0 >> 32) ^ h[3] ^ k1;
+      h[3] = product0;
+    }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
+  for (int w = 0; w < 4; ++w) c[w] = bit_cast<Words>((halves[0][w] & 0xFFFFFFFFu) | (halves[1][w] << 32));
 }
 
 inline Words counting_from(uint32_t start) {
@@ -73,8 +85,14 @@ inline Vec<C> keep_factor(const Dropout& dropout, const uint16_t* random) {
   if constexpr (sizeof(C) == 4) {
     Half16 bits;
     std::memcpy(&bits, random, sizeof(bits));
-    const Words r = __builtin_convertvector(bits, Words);
-    factor = r >= dropout.threshold ? Vec<float>{} + static_cast<float>(dropout.scale) : Vec<float>{};
+    const float scale = static_cast<float>(dropout.scale);
+#if defined(__AVX512F__)  // the threshold is at least 1 here, and up to 65536
+    const auto least = _mm256_set1_epi16(static_cast<int16_t>(dropout.threshold - 1));
+    const auto kept = _mm256_cmpgt_epu16_mask(bit_cast<__m256i>(bits), least);
+    factor = bit_cast<Vec<float>>(_mm512_maskz_mov_ps(kept, _mm512_set1_ps(scale)));
+#else
+    factor = __builtin_convertvector(bits, Words) >= dropout.threshold ? splat(scale) : Vec<float>{};
+#endif
   } else {
     for (int i = 0; i < kLanes<C>; ++i) factor[i] = random[i] >= dropout.threshold ? dropout.scale : 0.0;
   }

@@ -1,4 +1,4 @@
-// What the row kernels share: chunks of 16 bytes, conversions, teams of threads and their reductions.
+// What the kernels share: conversions, exponentials, chunks of 16 bytes, teams of threads and their reductions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -36,6 +36,21 @@ __device__ inline T from_float(float value) {
     return value;
   }
 }
+
+// --- softmax ---
+
+inline constexpr float kInfinity = __builtin_inff();
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+// Of a T: 16 bits do not show what the quick way loses.
+template <class T>
+__device__ inline float exponential(float x) {
+  if constexpr (std::is_same_v<T, float>) return expf(x);
+  return exp2_approx(x * kLog2E);
+}
+
+// A maximum to subtract from scores: 0 where there are none.
+__device__ inline float finite_peak(float peak) { return peak == -kInfinity ? 0.0f : peak; }
 
 // --- chunks: E neighbouring elements of a row ---
 
@@ -136,6 +151,14 @@ struct Max {
   __device__ static float of(float a, float b) { return fmaxf(a, b); }
   static constexpr float kNeutral = -__builtin_inff();
 };
+
+// Combines a value over the lanes of a warp that differ in the bits from FIRST up to, without it, LAST.
+template <class Op, int FIRST, int LAST>
+__device__ inline float combine(float value) {
+#pragma unroll
+  for (int offset = FIRST; offset < LAST; offset *= 2) value = Op::of(value, shuffle_xor(value, offset));
+  return value;
+}
 
 // The threads that share a row; all of a block make the same reductions, in the same order.
 class Team {

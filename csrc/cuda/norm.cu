@@ -9,12 +9,13 @@ namespace {
 
 void forward(const NormCall& call) {
   cuda::check_dtype(call.y);
-  const cuda::Place place({call.x, call.residual, call.weight, call.bias, call.rng});
+  const cuda::Place place({call.x, call.residual, call.weight, call.bias, call.x_bias, call.rng});
   if (call.rows.count == 0) return;
   cuda::norm_forward({.x = array(call.x),
                       .residual = array(call.residual),
                       .weight = array(call.weight),
                       .bias = array(call.bias),
+                      .x_bias = array(call.x_bias),
                       .y = array(call.y),
                       .z = call.residual.has_value() ? array(call.z) : Array{},
                       .mean = call.rms ? nullptr : static_cast<float*>(call.mean.data_ptr()),
@@ -41,20 +42,17 @@ void backward(const NormGradientCall& call) {
                           .rstd = static_cast<const float*>(call.rstd.data_ptr()),
                           .rng = rng_of(call.rng, call.dropout_p),
                           .partials = nullptr,
+                          .gradients = call.gradients(),
                           .rows = call.rows.count,
                           .width = cuda::row_width(call.rows),
                           .lanes = 0,
                           .dropout = Dropout(nullptr, call.dropout_p)};
-  cuda::ColumnSum sum{.partials = nullptr,
-                      .dweight = call.weight.has_value() ? array(call.dweight) : Array{},
-                      .dbias = call.bias.has_value() ? array(call.dbias) : Array{},
-                      .count = 0,
-                      .width = args.width};
+  cuda::ColumnSum sum{.partials = nullptr, .gradients = args.gradients, .count = 0, .width = args.width};
   Tensor partials;
   if (args.rows > 0) {
     const cuda::RowPlan plan = cuda::plan_norm_backward(args, place.device());
     if (call.wants_sums()) {
-      partials = uninitialised(call.z, {plan.groups(), 2, args.width}, ScalarType::Float);
+      partials = uninitialised(call.z, {plan.groups(), kColumnSums, args.width}, ScalarType::Float);
       sum.partials = args.partials = static_cast<float*>(partials.data_ptr());
       sum.count = plan.groups();
     }

@@ -1,12 +1,12 @@
-// LayerNorm and RMSNorm over rows, with dropout and residual addition fused in front. Never run on a GPU.
+// LayerNorm and RMSNorm over rows, with bias, dropout and residual addition fused in front. Never run on a GPU.
 //
-// Forward, per row: z = residual + dropout(x), or z = x; y = (z - mean) * rstd * weight + bias (RMSNorm: mean = 0). A
-// team of threads holds the row in registers: the mean, then the sum of squared deviations from it, then y; memory is
-// read and written once. A row that no team can hold is walked twice; the first walk merges each thread's chunks by
-// count, mean and squared deviations (Chan et al., 1979).
-// Backward, with g = weight * dy and xhat = (z - mean) * rstd: dresidual = rstd * (g - mean(g) - xhat * mean(g * xhat))
-// + dz, and through dropout dx. A persistent grid sums dy * xhat and dy of its rows, in registers, or beside a row that
-// is walked twice in its own partial sums in memory; a second kernel adds the blocks' sums in a fixed order.
+// Forward, per row: z = residual + dropout(x + x_bias), or z = x; y = (z - mean) * rstd * weight + bias (RMSNorm: mean
+// = 0). A team of threads holds the row in registers: the mean, then the sum of squared deviations from it, then y;
+// memory is read and written once. A row that no team can hold is walked twice; the first walk merges each thread's
+// chunks by count, mean and squared deviations (Chan et al., 1979). Backward, with g = weight * dy and xhat = (z -
+// mean) * rstd: dresidual = rstd * (g - mean(g) - xhat * mean(g * xhat))
+// + dz, and through dropout dx. A persistent grid sums dy * xhat, dy and dx of its rows, in registers, or beside a row
+// that is walked twice in its own partial sums in memory; a second kernel adds the blocks' sums in a fixed order.
 //
 // Bytes an element of e bytes: forward 2 e (4 e with residual); backward 3 e (5 e at most with residual, dz and
 // dropout). About 8 FLOPs an element forward and 14 backward: bound by memory. Statistics and sums are fp32.
@@ -14,12 +14,14 @@
 
 #include "cuda/common.cuh"
 #include "cuda/philox.cuh"
+#include "norm_sums.h"
 
 namespace pyllm::cuda {
 
-// z = residual + dropout(x), or x itself; y = normalised z * weight + bias. Matrices are contiguous (rows, width).
+// z = residual + dropout(x + x_bias), or x itself; y = normalised z * weight + bias. Matrices are contiguous (rows,
+// width).
 struct NormForward {
-  Array x, residual, weight, bias;
+  Array x, residual, weight, bias, x_bias;
   Array y, z;   // z only with a residual
   float* mean;  // null: RMSNorm
   float* rstd;
@@ -30,24 +32,25 @@ struct NormForward {
   Dropout dropout;
 };
 
-// dresidual = gradient of z; dx = that through the dropout. Partial sums of dweight and dbias go to (blocks of a row
-// counted as one, 2, width).
+// dresidual = gradient of z; dx = that through the dropout. Partial sums of columns go to (blocks of a row counted as
+// one, kColumnSums, width).
 struct NormBackward {
   Array dy, dz, z, weight;
   Array dx, dresidual;  // dx only where it differs from dresidual
   const float* mean;    // null: RMSNorm
   const float* rstd;
   const int64_t* rng;
-  float* partials;  // null where neither gradient is wanted
+  float* partials;  // null where no gradient is wanted
+  ColumnGradients gradients;
   int64_t rows;
   int width, lanes;
   Dropout dropout;
 };
 
-// gradient[j] = sum over the `count` partial sums of partials[i][which][j]
+// gradients.at[which][j] = sum over the `count` partial sums of partials[i][which][j]
 struct ColumnSum {
   const float* partials;
-  Array dweight, dbias;
+  ColumnGradients gradients;
   int64_t count;
   int width;
 };
@@ -57,15 +60,19 @@ inline constexpr int kNormBackwardThreads = 512;  // it holds five rows in regis
 // --- forward ---
 
 // z of a chunk, rounded as it is stored, so that the forward normalises what the backward will see.
-template <class X, class Z, int E>
-__device__ inline Chunk<Z, E> add_branch(const Dropout& dropout, int64_t row, int column, const Chunk<X, E>& x,
-                                         const Chunk<Z, E>& residual) {
+template <bool WHOLE, class X, class Z, int E>
+__device__ inline Chunk<Z, E> add_branch(const NormForward& args, const Dropout& dropout, int64_t row, int column,
+                                         const Chunk<X, E>& x, const Chunk<Z, E>& residual) {
   const uint32_t keep = dropout ? keep_bits<E>(dropout, 0, static_cast<uint32_t>(row), column) : ~0u;
   const float scale = static_cast<float>(dropout.scale);
+  float x_bias[E] = {};
+  if (args.x_bias) load_floats<X, WHOLE>(args.x_bias, 0, column, args.width, x_bias);
   Chunk<Z, E> z;
 #pragma unroll
-  for (int e = 0; e < E; ++e)
-    z.at[e] = from_float<Z>((keep >> e & 1 ? to_float(x.at[e]) * scale : 0.0f) + to_float(residual.at[e]));
+  for (int e = 0; e < E; ++e) {
+    const float branch = keep >> e & 1 ? (to_float(x.at[e]) + x_bias[e]) * scale : 0.0f;
+    z.at[e] = from_float<Z>(branch + to_float(residual.at[e]));
+  }
   return z;
 }
 
@@ -126,7 +133,7 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<Z>, 1)
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       if constexpr (RESIDUAL) {
-        z[v] = add_branch(dropout, row, column + v * step, branch[v], z[v]);
+        z[v] = add_branch<WHOLE>(args, dropout, row, column + v * step, branch[v], z[v]);
         store_chunk<WHOLE>(args.z.as<Z>() + begin, column + v * step, width, z[v]);
       }
 #pragma unroll
@@ -172,7 +179,7 @@ __global__ void __launch_bounds__(kWalkingThreads, 1) norm_forward_walked(const 
       const auto z = load_chunk<false, E>(stream, column, width);
       if constexpr (RESIDUAL) {
         const X* x = args.x.as<const X>() + begin;
-        return add_branch(dropout, row, column, load_chunk<false, E>(x, column, width), z);
+        return add_branch<false>(args, dropout, row, column, load_chunk<false, E>(x, column, width), z);
       } else {
         return z;
       }
@@ -248,20 +255,24 @@ __device__ inline void add_means(const float (&g)[E], const Chunk<Z, E>& z, RowS
   }
 }
 
+// Sums of columns: of a chunk of each.
+template <int E>
+using Sums = Chunk<float, E>[kColumnSums];
+
 template <class Z, int E>
 __device__ inline void add_columns(const Chunk<Z, E>& dy, const Chunk<Z, E>& z, const RowStatistics& row,
-                                   Chunk<float, E>& dweight, Chunk<float, E>& dbias) {
+                                   Sums<E>& sums) {
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    dweight.at[e] += to_float(dy.at[e]) * (to_float(z.at[e]) - row.mean) * row.rstd;
-    dbias.at[e] += to_float(dy.at[e]);
+    sums[kWeightSum].at[e] += to_float(dy.at[e]) * (to_float(z.at[e]) - row.mean) * row.rstd;
+    sums[kBiasSum].at[e] += to_float(dy.at[e]);
   }
 }
 
 template <class X, bool WHOLE, class Z, int E>
 __device__ inline void store_gradient(const NormBackward& args, const Dropout& dropout, int64_t row, int column,
                                       int width, const float (&g)[E], const Chunk<Z, E>& z, const Chunk<Z, E>& dz,
-                                      const RowStatistics& statistics) {
+                                      const RowStatistics& statistics, Chunk<float, E>& branch_sum) {
   const int64_t begin = row * args.width;
   float gradient[E];
   Chunk<Z, E> dresidual;
@@ -272,14 +283,20 @@ __device__ inline void store_gradient(const NormBackward& args, const Dropout& d
     dresidual.at[e] = from_float<Z>(gradient[e]);
   }
   store_chunk<WHOLE>(args.dresidual.as<Z>() + begin, column, width, dresidual);
-  if (args.dx) {
-    const uint32_t keep = dropout ? keep_bits<E>(dropout, 0, static_cast<uint32_t>(row), column) : ~0u;
+  if (dropout) {
+    const uint32_t keep = keep_bits<E>(dropout, 0, static_cast<uint32_t>(row), column);
     const float scale = static_cast<float>(dropout.scale);
+#pragma unroll
+    for (int e = 0; e < E; ++e) gradient[e] = keep >> e & 1 ? gradient[e] * scale : 0.0f;
+  }
+  if (args.dx) {
     Chunk<X, E> dx;
 #pragma unroll
-    for (int e = 0; e < E; ++e) dx.at[e] = from_float<X>(keep >> e & 1 ? gradient[e] * scale : 0.0f);
+    for (int e = 0; e < E; ++e) dx.at[e] = from_float<X>(gradient[e]);
     store_chunk<WHOLE>(args.dx.as<X>() + begin, column, width, dx);
   }
+#pragma unroll
+  for (int e = 0; e < E; ++e) branch_sum.at[e] += gradient[e];
 }
 
 template <bool WHOLE, int E, class Z>
@@ -289,21 +306,27 @@ __device__ inline Chunk<Z, E> load_dz(const NormBackward& args, int64_t begin, i
   return dz;
 }
 
-// This block's sums of columns; the teams of a block of several add theirs one after the other, in shared memory.
+// Floats of shared memory in which each thread of a block sums the branch's columns.
+PYLLM_EVERYWHERE inline int branch_floats(const NormBackward& args, int threads, int per_thread) {
+  return args.gradients.at[kBranchSum] ? threads * per_thread : 0;
+}
+
+// This block's sums of columns; the teams of a block of several add theirs one after the other, in shared memory from
+// `offset` bytes on.
 template <bool WHOLE, int V, int E>
-__device__ inline void store_partials(const NormBackward& args, const Team& team, int column, int step,
-                                      const Chunk<float, E> (&dweight)[V], const Chunk<float, E> (&dbias)[V]) {
+__device__ inline void store_partials(const NormBackward& args, const Team& team, int column, int step, int offset,
+                                      const Sums<E> (&sums)[V]) {
   const int width = args.width;
-  float* partials = args.partials + team.rows().first / team.per_block() * 2 * width;
+  float* partials = args.partials + team.rows().first / team.per_block() * kColumnSums * width;
   if (team.per_block() == 1) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      store_chunk<WHOLE>(partials, column + v * step, width, dweight[v]);
-      store_chunk<WHOLE>(partials + width, column + v * step, width, dbias[v]);
-    }
+    for (int which = 0; which < kColumnSums; ++which)
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        store_chunk<WHOLE>(partials + which * width, column + v * step, width, sums[v][which]);
     return;
   }
-  Shared<float> sums = shared_memory<float>(Team::kSharedBytes, 2 * width);
+  Shared<float> shared = shared_memory<float>(offset, kColumnSums * width);
   for (int turn = 0; turn < team.per_block(); ++turn) {
     if (turn == team.in_block()) {
 #pragma unroll
@@ -312,17 +335,21 @@ __device__ inline void store_partials(const NormBackward& args, const Team& team
         for (int e = 0; e < E; ++e) {
           const int at = column + v * step + e;
           if (!inside(at, width)) continue;
-          sums[at] = turn == 0 ? dweight[v].at[e] : sums[at] + dweight[v].at[e];
-          sums[width + at] = turn == 0 ? dbias[v].at[e] : sums[width + at] + dbias[v].at[e];
+#pragma unroll
+          for (int which = 0; which < kColumnSums; ++which) {
+            const int slot = which * width + at;
+            shared[slot] = turn == 0 ? sums[v][which].at[e] : shared[slot] + sums[v][which].at[e];
+          }
         }
     }
     sync_block();
   }
-  for (int i = static_cast<int>(threadIdx.x); i < 2 * width; i += static_cast<int>(blockDim.x))
-    store(partials + i, static_cast<float>(sums[i]));
+  for (int i = static_cast<int>(threadIdx.x); i < kColumnSums * width; i += static_cast<int>(blockDim.x))
+    store(partials + i, static_cast<float>(shared[i]));
 }
 
-// Rows in registers, RowWay::single or held, and their columns' sums, which stay there from row to row.
+// Rows in registers, RowWay::single or held, and their columns' sums, which stay there from row to row; those of the
+// branch, for which no registers are left, in shared memory, each thread's for itself.
 template <class X, class Z, bool SINGLE>
 __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads, 1)
     norm_backward_held(const __grid_constant__ NormBackward args) {
@@ -333,7 +360,14 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads, 1
   const int step = team.size() * E;
   // Every row of a team begins equally far from alignment: see plan_rows.
   const int column = team.lane() * E - phase(args.z.as<const Z>(), (team.rows().first + team.in_block()) * args.width);
-  Chunk<float, E> dweight[V] = {}, dbias[V] = {};
+  Sums<E> sums[V] = {};
+  const bool wants_branch{args.gradients.at[kBranchSum]};
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const auto branch_sums = shared_memory<Chunk<float, E>>(Team::kSharedBytes, wants_branch ? V * threads : 0);
+  if (wants_branch) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) branch_sums[v * threads + thread] = Chunk<float, E>{};
+  }
   const RowSteps rows = team.rows();
   for (int64_t first = rows.first; first < args.rows; first += rows.step) {
     const int64_t row = first + team.in_block(), begin = row * args.width;
@@ -351,14 +385,24 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kNormBackwardThreads, 1
     for (int v = 0; v < V; ++v) {
       weigh<WHOLE>(args, column + v * step, dy[v], g[v]);
       add_means(g[v], z[v], statistics);
-      add_columns(dy[v], z[v], statistics, dweight[v], dbias[v]);
+      add_columns(dy[v], z[v], statistics, sums[v]);
     }
     finish_means(args, team, statistics);
 #pragma unroll
-    for (int v = 0; v < V; ++v)
-      store_gradient<X, WHOLE>(args, dropout, row, column + v * step, width, g[v], z[v], dz[v], statistics);
+    for (int v = 0; v < V; ++v) {
+      Chunk<float, E> branch_sum{};
+      if (wants_branch) branch_sum = branch_sums[v * threads + thread];
+      store_gradient<X, WHOLE>(args, dropout, row, column + v * step, width, g[v], z[v], dz[v], statistics, branch_sum);
+      if (wants_branch) branch_sums[v * threads + thread] = branch_sum;
+    }
   }
-  if (args.partials != nullptr) store_partials<WHOLE>(args, team, column, step, dweight, dbias);
+  if (args.partials == nullptr) return;
+  if (wants_branch) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) sums[v][kBranchSum] = branch_sums[v * threads + thread];
+  }
+  const int offset = Team::kSharedBytes + 4 * branch_floats(args, threads, V * E);
+  store_partials<WHOLE>(args, team, column, step, offset, sums);
 }
 
 // A block for a row, which is walked twice; the second walk adds to the block's sums in memory.
@@ -369,7 +413,7 @@ __global__ void __launch_bounds__(kWalkingThreads, 1) norm_backward_walked(const
   const Dropout dropout = seeded(args.dropout, args.rng);
   const int step = team.size() * E, width = args.width;
   const int start = team.lane() * E - phase(args.z.as<const Z>(), team.rows().first * width);
-  float* partials = args.partials + team.rows().first * 2 * width;
+  float* partials = args.partials + team.rows().first * kColumnSums * width;
   const auto walk = [&](int64_t row, auto&& visit) {
     for (int column = start; column < width; column += step) {
       const auto dy = load_chunk<false, E>(args.dy.as<const Z>() + row * width, column, width);
@@ -379,11 +423,10 @@ __global__ void __launch_bounds__(kWalkingThreads, 1) norm_backward_walked(const
       visit(column, dy, z, g);
     }
   };
-  if (args.partials != nullptr) {
-    for (int column = start; column < width; column += step) {
-      store_chunk<false>(partials, column, width, Chunk<float, E>{});
-      store_chunk<false>(partials + width, column, width, Chunk<float, E>{});
-    }
+  for (int which = 0; which < kColumnSums; ++which) {
+    if (!args.gradients.at[which]) continue;
+    for (int column = start; column < width; column += step)
+      store_chunk<false>(partials + which * width, column, width, Chunk<float, E>{});
   }
   const RowSteps rows = team.rows();
   for (int64_t row = rows.first; row < args.rows; row += rows.step) {
@@ -392,32 +435,35 @@ __global__ void __launch_bounds__(kWalkingThreads, 1) norm_backward_walked(const
     finish_means(args, team, statistics);
     walk(row, [&](int column, const Chunk<Z, E>& dy, const Chunk<Z, E>& z, const float (&g)[E]) {
       const Chunk<Z, E> dz = load_dz<false, E, Z>(args, row * width, column, width);
-      store_gradient<X, false>(args, dropout, row, column, width, g, z, dz, statistics);
-      if (args.partials == nullptr) return;
-      auto dweight = load_chunk<false, E, Load::coherent>(partials, column, width);
-      auto dbias = load_chunk<false, E, Load::coherent>(partials + width, column, width);
-      add_columns(dy, z, statistics, dweight, dbias);
-      store_chunk<false>(partials, column, width, dweight);
-      store_chunk<false>(partials + width, column, width, dbias);
+      Sums<E> sums = {};
+#pragma unroll
+      for (int which = 0; which < kColumnSums; ++which)
+        if (args.gradients.at[which])
+          sums[which] = load_chunk<false, E, Load::coherent>(partials + which * width, column, width);
+      add_columns(dy, z, statistics, sums);
+      store_gradient<X, false>(args, dropout, row, column, width, g, z, dz, statistics, sums[kBranchSum]);
+#pragma unroll
+      for (int which = 0; which < kColumnSums; ++which)
+        if (args.gradients.at[which]) store_chunk<false>(partials + which * width, column, width, sums[which]);
     });
   }
 }
 
-// 32 columns a block, of dweight in even blocks and of dbias in odd ones; 16 threads share a column.
+// 32 columns a block, of each sum in turn; 16 threads share a column.
 inline constexpr int kColumns = 32, kColumnThreads = 16;
 
 __global__ void __launch_bounds__(kColumns* kColumnThreads) column_sum(const __grid_constant__ ColumnSum args) {
-  const int which = static_cast<int>(blockIdx.x) % 2, width = args.width;
-  const Array& gradient = which == 0 ? args.dweight : args.dbias;
+  const int which = static_cast<int>(blockIdx.x) % kColumnSums, width = args.width;
+  const Array gradient = args.gradients.at[which];
   if (!gradient) return;
   Shared<float> sums = shared_memory<float>(0, kColumns * kColumnThreads);
   const int thread = static_cast<int>(threadIdx.x);
-  const int column = static_cast<int>(blockIdx.x) / 2 * kColumns + thread % kColumns;
+  const int column = static_cast<int>(blockIdx.x) / kColumnSums * kColumns + thread % kColumns;
   float sum = 0;
   if (column < width) {
 #pragma unroll 8
     for (int64_t i = thread / kColumns; i < args.count; i += kColumnThreads)
-      sum += load(args.partials + (2 * i + which) * width + column);
+      sum += load(args.partials + (kColumnSums * i + which) * width + column);
   }
   sums[thread] = sum;
   sync_block();
@@ -448,7 +494,8 @@ inline void norm_forward(NormForward args, const Device& device, Stream stream) 
   visit_norm_dtypes(args.x.dtype, args.y.dtype, [&](auto x_type, auto z_type) {
     using X = decltype(x_type);
     using Z = decltype(z_type);
-    const bool aligned = rows_aligned<Z>(args.width, {args.x, args.residual, args.weight, args.bias, args.y, args.z});
+    const bool aligned =
+        rows_aligned<Z>(args.width, {args.x, args.residual, args.weight, args.bias, args.x_bias, args.y, args.z});
     const RowPlan plan =
         plan_rows(args.rows, args.width, aligned, false, RowLimits{kElements<Z>, kRowThreads<Z>, 2048}, device);
     args.lanes = plan.lanes;
@@ -474,23 +521,25 @@ inline RowPlan plan_norm_backward(const NormBackward& args, const Device& device
   return args.z.dtype == DType::f32 ? plan(float{}) : plan(bf16{});
 }
 
-// args.partials: (plan.groups(), 2, width)
+// args.partials: (plan.groups(), kColumnSums, width)
 inline void norm_backward(NormBackward args, const RowPlan& plan, Stream stream) {
   args.lanes = plan.lanes;
   visit_norm_dtypes(args.dx ? args.dx.dtype : args.z.dtype, args.z.dtype, [&](auto x_type, auto z_type) {
     using X = decltype(x_type);
     using Z = decltype(z_type);
     const bool sums_shared = args.partials != nullptr && plan.teams_per_block() > 1;
+    const int per_thread = plan.way == RowWay::walked ? 0 : plan.way == RowWay::single ? kElements<Z> : kHeld;
+    const int floats = branch_floats(args, plan.threads, per_thread) + (sums_shared ? kColumnSums * args.width : 0);
     launch(plan.way == RowWay::walked   ? norm_backward_walked<X, Z>
            : plan.way == RowWay::single ? norm_backward_held<X, Z, true>
                                         : norm_backward_held<X, Z, false>,
-           row_launch(plan, sums_shared ? 2 * args.width : 0), stream, args);
+           row_launch(plan, floats), stream, args);
   });
 }
 
 inline void norm_column_sum(const ColumnSum& args, Stream stream) {
   if (args.width == 0) return;
-  const int blocks = 2 * static_cast<int>(ceil_div(args.width, kColumns));
+  const int blocks = kColumnSums * static_cast<int>(ceil_div(args.width, kColumns));
   launch(column_sum,
          Launch{.grid = blocks,
                 .block = kColumns * kColumnThreads,

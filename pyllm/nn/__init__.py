@@ -7,6 +7,7 @@ from pyllm.nn.decoder import DecoderLayer, TransformerDecoder, TransformerDecode
 from pyllm.nn.encoder import EncoderLayer, TransformerEncoder, TransformerEncoderLayer
 from pyllm.nn.loss import CrossEntropyLoss
 from pyllm.nn.norm import LayerNorm, RMSNorm, Softmax
+from pyllm.nn.packing import Packing, pad, unpad
 from pyllm.nn.positions import LearnedPositions, RelativePositionBias, Rotary, SinusoidalPositions, alibi_slopes
 from pyllm.nn.transformer import Transformer
 
@@ -18,6 +19,7 @@ __all__ = [
     "LayerNorm",
     "LearnedPositions",
     "MultiheadAttention",
+    "Packing",
     "RMSNorm",
     "RelativePositionBias",
     "Rotary",
@@ -30,4 +32,6 @@ __all__ = [
     "TransformerEncoderLayer",
     "alibi_slopes",
     "functional",
+    "pad",
+    "unpad",
 ]

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops
+from pyllm.nn.memory import Source, linear
+from pyllm.nn.packing import Packing
 from pyllm.ops.attention_weights import attention_and_weights
 
 
@@ -39,11 +41,36 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         without average_attn_weights; dropout is in them, for the output is these weights times the values.
         Raises AssertionError or RuntimeError, as torch does, where shapes or mask types do not fit.
         """
+        masks = (attn_mask, key_padding_mask, is_causal)
+        out, weights = self._merged(query, key, value, None, *masks, need_weights, average_attn_weights)
+        return linear(out, self.out_proj.weight, self.out_proj.bias), weights
+
+    def branch(
+        self, x: Tensor, memory: Tensor, source: Source | None, attn_mask, key_padding_mask, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of x over memory without weights, and the bias that is yet to be added. source: how x is made."""
+        out, _ = self._merged(x, memory, memory, source, attn_mask, key_padding_mask, is_causal, False, False)
+        return linear(out, self.out_proj.weight), self.out_proj.bias
+
+    def packed_branch(
+        self, x: Tensor, source: Source | None, packing: Packing, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`branch` of self-attention of tokens x (T, E) that are packed."""
+        bounds = (packing.cu_seqlens, packing.cu_seqlens)
+        dropout_p = self.dropout if self.training else 0.0
+        qkv = self._project(x, x, x, source)
+        out = ops.attention_varlen(*qkv, *bounds, is_causal=is_causal, dropout_p=dropout_p)
+        return linear(out.flatten(-2), self.out_proj.weight), self.out_proj.bias
+
+    def _merged(
+        self, query, key, value, source, attn_mask, key_padding_mask, is_causal, need_weights, average_attn_weights
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `forward` projects at its end, and the weights. source: how query is made, for self-attention."""
         batched = self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         sequence_first = batched and not self.batch_first
         q, k, v = (
             t.permute(1, 2, 0, 3) if sequence_first else t.transpose(-3, -2)  # (B, H, S, D)
-            for t in self._project(query, key, value)
+            for t in self._project(query, key, value, source)
         )
         if not batched:
             q, k, v = q[None], k[None], v[None]
@@ -66,7 +93,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             out = ops.attention(q, k, v, **masks, is_causal=is_causal, dropout_p=dropout_p)
         out = (out.permute(2, 0, 1, 3) if sequence_first else out.transpose(1, 2)).flatten(-2)
-        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
         return (out if batched else out[0]), weights
 
     def _check(self, query, key, value, key_padding_mask, attn_mask, is_causal) -> bool:
@@ -97,11 +123,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise RuntimeError(f"attn_mask must be {expected}, got {tuple(attn_mask.shape)}")
         return batched
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, source: Source | None) -> list[Tensor]:
         """Queries, keys and values (..., H, D): one matrix product for arguments that are the same tensor."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
-            return _product(query, weight, bias, 3, self.num_heads)
+            return _product(query, source, weight, bias, 3, self.num_heads)
         inputs, parts = (
             ((query, key), [1, 2]) if weight is not None and key is value else ((query, key, value), [1] * 3)
         )
@@ -110,8 +136,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.split(sizes)
         )
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        arguments = zip(inputs, weights, biases, parts, strict=True)
-        return [t for x, w, b, n in arguments for t in _product(x, w, b, n, self.num_heads)]
+        sources = (source, *(None for _ in inputs[1:]))
+        arguments = zip(inputs, sources, weights, biases, parts, strict=True)
+        return [t for x, s, w, b, n in arguments for t in _product(x, s, w, b, n, self.num_heads)]
 
     def _extend(self, k, v, attn_mask, key_padding_mask):
         """Appends the learned key and value of add_bias_kv and the zeros of add_zero_attn; every query sees them."""
@@ -136,9 +163,11 @@ def _in_torchs_dtype(weights: Tensor, out: Tensor) -> Tensor:
     return weights if out.is_cuda and torch.is_autocast_enabled("cuda") else weights.to(out.dtype)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, heads: int) -> tuple[Tensor, ...]:
+def _product(
+    x: Tensor, source: Source | None, weight: Tensor, bias: Tensor | None, parts: int, heads: int
+) -> tuple[Tensor, ...]:
     """x weight^T + bias (..., parts * E) as `parts` views (..., H, D)."""
-    return F.linear(x, weight, bias).unflatten(-1, (parts, heads, -1)).unbind(-3)
+    return linear(x, weight, bias, source).unflatten(-1, (parts, heads, -1)).unbind(-3)
 
 
 def _sdpa_masks(attn_mask, key_padding_mask, batch: int, heads: int) -> tuple[Tensor | None, Tensor | None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyllm.nn.cache import KVCache
 from pyllm.nn.encoder import EncoderLayer, causal_hint
-from pyllm.nn.residual import ResidualLayer, Sublayer, run_sublayers
+from pyllm.nn.residual import ResidualLayer, Sublayer, of_module, run_sublayers
 from pyllm.nn.self_attention import CrossAttention
 from pyllm.ops import RelativeBias
 
@@ -60,13 +60,14 @@ class DecoderLayer(EncoderLayer):
         every call.
         """
         attending = self._attending(attn_mask, tgt_key_padding_mask, positions, rotary, relative_bias, cache, layer)
-        feeding = Sublayer(self.ffn, (), self.dropout, self.ffn_norm)
+        feeding = self._feeding()
         if self.cross_attn is None:
             if any(given is not None for given in (memory, memory_mask, memory_key_padding_mask)):
                 raise ValueError("memory and its masks must not be given to a layer with cross=False")
             return self._run(tgt, attending, feeding)
         args = (memory, memory_mask, memory_key_padding_mask, cache, layer)
-        return self._run(tgt, attending, Sublayer(self.cross_attn, args, self.dropout, self.cross_attn_norm), feeding)
+        crossing = Sublayer(of_module(self.cross_attn, CrossAttention), args, self.dropout, self.cross_attn_norm)
+        return self._run(tgt, attending, crossing, feeding)
 
 
 class TransformerDecoderLayer(ResidualLayer, torch.nn.TransformerDecoderLayer):
@@ -79,9 +80,9 @@ class TransformerDecoderLayer(ResidualLayer, torch.nn.TransformerDecoderLayer):
     _torch = torch.nn.TransformerDecoderLayer
 
     @wraps(torch.nn.TransformerDecoderLayer.__init__)
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, save: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self._adopt(self.self_attn, self.multihead_attn, self.norm1, self.norm2, self.norm3)
+        self._adopt(save, self.self_attn, self.multihead_attn, self.norm1, self.norm2, self.norm3)
 
     def forward(
         self,
@@ -106,7 +107,7 @@ class TransformerDecoderLayer(ResidualLayer, torch.nn.TransformerDecoderLayer):
             ),
             self._sublayer("ff", self.dropout3, self.norm3),
         )
-        return run_sublayers(tgt, sublayers, self.norm_first)
+        return run_sublayers(tgt, None, sublayers, self.norm_first, self.save)[0]
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):

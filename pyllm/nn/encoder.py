@@ -1,6 +1,7 @@
 """EncoderLayer, the configurable block; TransformerEncoderLayer and TransformerEncoder, torch.nn's by these names."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -8,12 +9,18 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
+from pyllm.nn.attention import MultiheadAttention
 from pyllm.nn.cache import KVCache
 from pyllm.nn.feedforward import FeedForward
+from pyllm.nn.memory import Source, check_plan
 from pyllm.nn.norm import LayerNorm, RMSNorm
-from pyllm.nn.residual import ResidualLayer, Sublayer, run_parallel, run_sublayers
+from pyllm.nn.packing import Packing, pad, take
+from pyllm.nn.plain import is_plain
+from pyllm.nn.residual import ResidualLayer, Sublayer, of_module, run_parallel, run_sublayers
 from pyllm.nn.self_attention import SelfAttention
 from pyllm.ops import RelativeBias
+
+_PACKED_SHARE = 0.9  # of tokens in a padded batch, up to which moving them twice pays
 
 
 class EncoderLayer(Module):
@@ -30,6 +37,7 @@ class EncoderLayer(Module):
     if causal (Raffel et al., 2020); "rotary" (Su et al., 2021), of the first rotary_dim columns, all by default, in
     pairs as rotary_interleaved says, with rotary_base. window, softcap and scale: as in `pyllm.ops.attention`.
     causal: a query attends to no later key, as in GPT, which allows generation with a `KVCache`.
+    save: what the forward keeps for the backward, "all", "minimal" or "recompute"; see `pyllm.nn.memory`.
     Weights: self_attn.qkv (queries, then keys, then values), self_attn.out, ffn.linear1, ffn.linear2, self_attn_norm,
     ffn_norm and, with "t5", self_attn.position. Raises ValueError for arguments that do not fit.
     """
@@ -64,10 +72,12 @@ class EncoderLayer(Module):
         softcap: float = 0.0,
         scale: float | None = None,
         causal: bool = False,
+        save: str = "minimal",
         device=None,
         dtype=None,
     ):
         super().__init__()
+        self.save = check_plan(save)
         kv_heads = nhead if num_kv_heads is None else num_kv_heads
         _check_sizes(d_model, nhead, dim_feedforward, head_dim, kv_heads)
         if norm not in ("layer_norm", "rms_norm"):
@@ -123,8 +133,9 @@ class EncoderLayer(Module):
         relative_bias: RelativeBias | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """src (B, S, d_model); the same shape comes back.
+        """src (B, S, d_model), or (T, d_model) with packing; the same shape comes back.
 
         attn_mask: as in `pyllm.ops.attention`, True = take part, or added. src_key_padding_mask (B, S): True = ignore.
         With position="rotary", positions (S,) or (B, S) of integers, by default 0 to S - 1; or rotary, what
@@ -132,20 +143,25 @@ class EncoderLayer(Module):
         own, if it has one: T5 shares that of the first layer, `self_attn.position()`.
         cache and layer: src are new tokens, which follow those in the cache and are appended to it; this is the layer's
         index there. Only in causal layers, without a gradient, masks and positions.
+        packing: src are the tokens that `unpad` returned with it; without masks and a cache. positions are by default
+        those that the tokens had in the padded batch, with rotary (1, T); biases go by the distance among tokens.
         """
         return self._run(
             src,
-            self._attending(attn_mask, src_key_padding_mask, positions, rotary, relative_bias, cache, layer),
-            Sublayer(self.ffn, (), self.dropout, self.ffn_norm),
+            self._attending(attn_mask, src_key_padding_mask, positions, rotary, relative_bias, cache, layer, packing),
+            self._feeding(),
         )
 
     def _attending(self, *args) -> Sublayer:
-        return Sublayer(self.self_attn, args, self.dropout, self.self_attn_norm)
+        return Sublayer(of_module(self.self_attn, SelfAttention), args, self.dropout, self.self_attn_norm)
+
+    def _feeding(self) -> Sublayer:
+        return Sublayer(of_module(self.ffn, FeedForward, self.save), (), self.dropout, self.ffn_norm)
 
     def _run(self, x: Tensor, *sublayers: Sublayer) -> Tensor:
         if self.parallel_residual:
-            return run_parallel(x, sublayers)
-        return run_sublayers(x, sublayers, self.norm_first)
+            return run_parallel(x, sublayers, self.save)
+        return run_sublayers(x, None, sublayers, self.norm_first, self.save)[0]
 
     def extra_repr(self) -> str:
         return f"norm_first={self.norm_first}, parallel_residual={self.parallel_residual}"
@@ -174,9 +190,9 @@ class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
     _torch = torch.nn.TransformerEncoderLayer
 
     @wraps(torch.nn.TransformerEncoderLayer.__init__)
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, save: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self._adopt(self.self_attn, self.norm1, self.norm2)
+        self._adopt(save, self.self_attn, self.norm1, self.norm2)
 
     def forward(
         self,
@@ -189,19 +205,36 @@ class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
 
         The masks are those of `pyllm.nn.MultiheadAttention`; is_causal promises that src_mask is the causal one.
         """
+        return self.run(src, None, src_mask, src_key_padding_mask, is_causal)[0]
+
+    def run(
+        self, x: Tensor, source: Source | None, attn_mask, key_padding_mask: Tensor | Packing | None, is_causal: bool
+    ) -> tuple[Tensor, Source | None]:
+        """`forward`, given how x is made again, and returning how the result is; x (T, E) with a Packing."""
         sublayers = (
-            self._sublayer("sa", self.dropout1, self.norm1, src_mask, src_key_padding_mask, is_causal),
+            self._sublayer("sa", self.dropout1, self.norm1, attn_mask, key_padding_mask, is_causal),
             self._sublayer("ff", self.dropout2, self.norm2),
         )
-        return run_sublayers(src, sublayers, self.norm_first)
+        return run_sublayers(x, source, sublayers, self.norm_first, self.save)
+
+    def packs(self) -> bool:
+        """Whether tokens without padding can go through `run`: nothing in it is the user's own."""
+        return is_plain(self, TransformerEncoderLayer) and (
+            is_plain(self.self_attn, MultiheadAttention)
+            and self.self_attn.bias_k is None
+            and not self.self_attn.add_zero_attn
+            and self._sa_block.__func__ is self._torch._sa_block
+        )
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
     """Replaces torch.nn.TransformerEncoder: same constructor, parameters, numbers.
 
-    What differs: enable_nested_tensor and mask_check are kept and have no effect, since input is never packed into a
-    NestedTensor; padded positions therefore hold what the layers compute there instead of 0 in inference. Under
-    torch.compile a mask is used as it is, without a look whether it is causal.
+    enable_nested_tensor lets a batch with src_key_padding_mask go through the layers as its tokens alone, as torch's
+    does in inference: then padded positions hold 0 before the final norm. What differs: in training too, where torch's
+    holds what the layers compute there; wherever more than a tenth of the batch is padding, and no mask but the causal
+    one is given; no NestedTensor is made. On a GPU this waits once for the number of tokens. Under torch.compile
+    batches stay padded, and a mask is used as it is, without a look whether it is causal.
     """
 
     def __init__(
@@ -223,12 +256,46 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """src through all layers and the final norm. is_causal=None looks whether mask is the causal one."""
+        batch_first = self.layers[0].self_attn.batch_first
         is_causal = causal_hint(is_causal)
         if is_causal is None:
-            is_causal = _detect_is_causal_mask(mask, None, _get_seq_len(src, self.layers[0].self_attn.batch_first))
-        for layer in self.layers:
-            src = layer(src, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
+            is_causal = _detect_is_causal_mask(mask, None, _get_seq_len(src, batch_first))
+        packing = self._packing(src, mask, src_key_padding_mask, is_causal)
+        if packing is None:
+            src = self._through_layers(src, mask, src_key_padding_mask, is_causal)
+        else:
+            src = pad(self._through_layers(take(src, packing), None, packing, is_causal), packing)
         return src if self.norm is None else self.norm(src)
+
+    @contextmanager
+    def padded(self):
+        """Batches stay padded inside."""
+        before, self.enable_nested_tensor = self.enable_nested_tensor, False
+        try:
+            yield
+        finally:
+            self.enable_nested_tensor = before
+
+    def _packing(self, src: Tensor, mask, key_padding_mask: Tensor | None, is_causal: bool) -> Packing | None:
+        """Where the tokens of the batch are, if they are to go through the layers alone."""
+        if not self.enable_nested_tensor or key_padding_mask is None or key_padding_mask.dtype != torch.bool:
+            return None
+        if (mask is not None and not is_causal) or src.dim() != 3 or torch.compiler.is_compiling():
+            return None
+        if not all(isinstance(layer, TransformerEncoderLayer) and layer.packs() for layer in self.layers):
+            return None
+        packing = Packing.of(key_padding_mask, self.layers[0].self_attn.batch_first)
+        return packing if packing.shape == src.shape[:2] and 0.0 < packing.share <= _PACKED_SHARE else None
+
+    def _through_layers(self, x: Tensor, mask, key_padding_mask: Tensor | Packing | None, is_causal: bool) -> Tensor:
+        source = None
+        for layer in self.layers:
+            if is_plain(layer, TransformerEncoderLayer):
+                x, source = layer.run(x, source, mask, key_padding_mask, is_causal)
+            else:
+                x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=key_padding_mask)
+                source = None
+        return x
 
 
 def causal_hint(is_causal: bool | None) -> bool | None:

@@ -1,23 +1,114 @@
 """The position-wise feed-forward network of a Transformer layer (Vaswani et al., 2017, section 3.3)."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Linear, Module
 
-_gelu_tanh = functools.partial(F.gelu, approximate="tanh")
-_PLAIN = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "silu": F.silu}
-_GATES = {"reglu": F.relu, "geglu": F.gelu, "geglu_tanh": _gelu_tanh, "swiglu": F.silu}
+from pyllm.backend import select
+from pyllm.nn.memory import Kept, Source, by_hand, flat, in_one_precision
+from pyllm.nn.plain import is_plain
+from pyllm.ops._registration import draw_rng
+from pyllm.ops.activation import ACTIVATION
+from pyllm.reference import GATED
+
+KINDS = ("relu", "gelu", "gelu_tanh", "silu", *GATED)
+_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
+_MODULES = {torch.nn.ReLU: "relu", torch.nn.GELU: "gelu", torch.nn.SiLU: "silu"}
+
+
+def kind_of(activation: Callable[[Tensor], Tensor] | str) -> str | None:
+    """The kind, as `pyllm.ops.activation` has it, of one of torch's functions or modules; None for another callable."""
+    if isinstance(activation, str):
+        return activation
+    if not isinstance(activation, Module):
+        return _FUNCTIONS.get(activation)
+    kind = _MODULES.get(type(activation)) if is_plain(activation, type(activation)) else None
+    return "gelu_tanh" if kind == "gelu" and activation.approximate == "tanh" else kind
+
+
+def activate(x: Tensor, bias: Tensor | None, dropout_p: float, kind: str) -> Tensor:
+    """dropout(activation(x + bias)), of packed gates where the kind is gated."""
+    args = (x, None, bias, draw_rng(x, dropout_p), dropout_p, kind)
+    return select(ACTIVATION, *args)(*args)
 
 
 def feed_forward(
-    x: Tensor, linear1: Module, activation: Callable[[Tensor], Tensor], dropout: Module, linear2: Module
-) -> Tensor:
-    """linear2(dropout(activation(linear1(x)))) of x (..., d_model)."""
-    return linear2(dropout(activation(linear1(x))))
+    x: Tensor,
+    source: Source | None,
+    linear1: Module,
+    activation: Callable[[Tensor], Tensor] | str,
+    dropout: Module,
+    linear2: Module,
+    save: str,
+) -> tuple[Tensor, Tensor | None]:
+    """linear2(dropout(activation(linear1(x)))) of x (..., d_model), as a tensor and a bias that is yet to be added.
+
+    Modules that the user has put in place, or that carry hooks, are called; otherwise bias, activation and dropout are
+    one kernel, and `save` says what is kept for the backward.
+    """
+    kind = kind_of(activation)
+    if kind is None or not (
+        is_plain(linear1, Linear) and is_plain(linear2, Linear) and is_plain(dropout, torch.nn.Dropout)
+    ):
+        hidden = linear1(x)
+        return linear2(dropout(activation(hidden) if callable(activation) else activate(hidden, None, 0.0, kind))), None
+    dropout_p = dropout.p if dropout.training else 0.0
+    if not by_hand(x, linear1.weight, linear1.bias, linear2.weight):
+        hidden = activate(F.linear(x, linear1.weight), linear1.bias, dropout_p, kind)
+        return F.linear(hidden, linear2.weight), linear2.bias
+    x, source, (weight1, weight2) = in_one_precision(x, source, linear1.weight, linear2.weight)
+    options = (draw_rng(x, dropout_p), dropout_p, kind, save)
+    return _FeedForward.apply(x, weight1, linear1.bias, weight2, *options, *flat(source)), linear2.bias
+
+
+class _FeedForward(torch.autograd.Function):
+    """activation(x weight1^T + bias1) weight2^T, with dropout in between."""
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, rng, dropout_p, kind, save, *source):
+        options = (rng, dropout_p, kind)
+        hidden = x.reshape(-1, x.shape[-1]) @ weight1.mT
+        with torch.enable_grad():  # the choice of a call that has a backward
+            ctx.value = select(ACTIVATION, hidden, None, bias1, *options, part="value")
+            ctx.gradient = select(ACTIVATION, hidden, None, bias1, *options, part="gradient", record=False)
+        active = ctx.value(hidden, None, bias1, *options)
+        ctx.input = Kept(x, source)
+        ctx.options = (dropout_p, kind)
+        ctx.save_for_backward(
+            weight1,
+            bias1,
+            weight2,
+            rng,
+            hidden if save != "recompute" else None,
+            active if save == "all" else None,
+            *ctx.input.tensors,
+        )
+        return (active @ weight2.mT).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        weight1, bias1, weight2, rng, hidden, active, *kept = ctx.saved_tensors
+        wants_x, wants_weight1, wants_bias1, wants_weight2, *rest = ctx.needs_input_grad
+        x = ctx.input.restore(kept) if hidden is None or wants_weight1 else None
+        if hidden is None:
+            hidden = x @ weight1.mT
+        rows = dout.reshape(-1, dout.shape[-1])
+        dweight2 = None
+        if wants_weight2:
+            if active is None:
+                active = ctx.value(hidden, None, bias1, rng, *ctx.options)
+            dweight2 = rows.mT @ active
+        active = None
+        dhidden, _, dbias1 = ctx.gradient(rows @ weight2, hidden, None, bias1, rng, *ctx.options)
+        hidden = None
+        dweight1 = dhidden.mT @ x if wants_weight1 else None
+        dx = (dhidden @ weight1).view(*dout.shape[:-1], -1) if wants_x else None
+        return dx, dweight1, dbias1 if wants_bias1 else None, dweight2, *(None for _ in rest)
 
 
 class FeedForward(Module):
@@ -40,30 +131,22 @@ class FeedForward(Module):
         dtype=None,
     ):
         super().__init__()
-        name = self.activation_name = activation if isinstance(activation, str) else None
-        gate = _GATES.get(name)
-        if gate is not None:
-            self.activation = functools.partial(_gated, gate)
-        elif name in _PLAIN:
-            self.activation = _PLAIN[name]
-        elif callable(activation):
-            self.activation = activation
-        else:
-            names = ", ".join([*_PLAIN, *_GATES])
-            raise ValueError(f"activation must be a callable or one of {names}, got {activation!r}")
+        if not (callable(activation) or activation in KINDS):
+            raise ValueError(f"activation must be a callable or one of {', '.join(KINDS)}, got {activation!r}")
+        self.activation = activation
         factory = {"bias": bias, "device": device, "dtype": dtype}
-        self.linear1 = Linear(d_model, dim_feedforward * (2 if gate else 1), **factory)
+        self.linear1 = Linear(d_model, dim_feedforward * (2 if activation in GATED else 1), **factory)
         self.linear2 = Linear(dim_feedforward, d_model, **factory)
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model); the same shape."""
-        return feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
+        out, bias = self.branch(x, None, "all")
+        return out if bias is None else out + bias
+
+    def branch(self, x: Tensor, source: Source | None, save: str) -> tuple[Tensor, Tensor | None]:
+        """`feed_forward` of these modules."""
+        return feed_forward(x, source, self.linear1, self.activation, self.dropout, self.linear2, save)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation_name or self.activation}"
-
-
-def _gated(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, -1)
-    return activation(gate) * up
+        return f"activation={self.activation}"

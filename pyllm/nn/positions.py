@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pyllm import reference
+from pyllm import ops
 from pyllm.ops import RelativeBias
 
 
@@ -84,8 +84,7 @@ class Rotary(Module):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, H, S, D) turned, D at least dim. tables: `tables` of positions (S,) or (B, S)."""
-        cos, sin = (t if t.dim() == 2 else t[:, None] for t in tables)
-        return reference.rotary(x, cos, sin, self.interleaved)
+        return ops.rotary(x, *tables, interleaved=self.interleaved)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, base={self.base:g}, interleaved={self.interleaved}"

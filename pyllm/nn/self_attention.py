@@ -6,6 +6,9 @@ from torch.nn import Linear, Module
 
 from pyllm import ops
 from pyllm.nn.cache import KVCache
+from pyllm.nn.memory import Source, linear
+from pyllm.nn.packing import Packing
+from pyllm.nn.plain import is_plain
 from pyllm.nn.positions import RelativePositionBias, Rotary, alibi_slopes
 from pyllm.ops import RelativeBias
 from pyllm.reference import statistics_type
@@ -34,8 +37,23 @@ class _Attention(Module):
         parts = x.unflatten(-1, (sum(heads), self.head_dim)).split(heads, -2)
         return [part.transpose(1, 2) for part in parts]
 
-    def _merge(self, out: Tensor) -> Tensor:
-        return self.out(out.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, *args, **options) -> Tensor:
+        """x (B, S, d_model); the same shape. For the other arguments see `branch`."""
+        out, bias = self.branch(x, None, *args, **options)
+        return out if bias is None else out + bias
+
+    def _merge(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The projection of (B, H, S, D), and its bias, which is yet to be added."""
+        out = out.transpose(1, 2).flatten(2)
+        if is_plain(self.out, Linear):
+            return linear(out, self.out.weight), self.out.bias
+        return self.out(out), None
+
+    def _project(self, projection: Module, x: Tensor, source: Source | None, *heads: int) -> list[Tensor]:
+        """The projection of x (B, S, d_model) as views (B, heads, S, D). source: how x is made again, or None."""
+        if is_plain(projection, Linear):
+            return self._split(linear(x, projection.weight, projection.bias, source), *heads)
+        return self._split(projection(x), *heads)
 
     def _check_generating(self) -> None:
         if self.training and self.dropout > 0.0:
@@ -96,9 +114,10 @@ class SelfAttention(_Attention):
     def reset_parameters(self) -> None:
         self._initialise(self.qkv)
 
-    def forward(
+    def branch(
         self,
         x: Tensor,
+        source: Source | None,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         positions: Tensor | None = None,
@@ -106,13 +125,23 @@ class SelfAttention(_Attention):
         relative_bias: RelativeBias | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
-    ) -> Tensor:
-        """x (B, S, d_model); the same shape. For the other arguments see `EncoderLayer.forward`."""
+        packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of x (B, S, d_model), and a bias that is yet to be added. source: how x is made again, or None.
+
+        For the other arguments see `EncoderLayer.forward`.
+        """
         if not isinstance(self.position, Rotary) and (positions is not None or rotary is not None):
             raise ValueError("positions and rotary are for position='rotary'")
         if isinstance(self.position, RelativePositionBias) and relative_bias is None:
             relative_bias = self.position()
-        query, key, value = self._split(self.qkv(x), self.heads, self.kv_heads, self.kv_heads)
+        if packing is not None:
+            if any(given is not None for given in (attn_mask, key_padding_mask, cache)):
+                raise ValueError("with packing, masks and a cache must not be given")
+            x = x[None]
+            if positions is None and rotary is None and isinstance(self.position, Rotary):
+                positions = packing.positions
+        query, key, value = self._project(self.qkv, x, source, self.heads, self.kv_heads, self.kv_heads)
         options = {"window": self.window, "softcap": self.softcap, "scale": self.scale, "relative_bias": relative_bias}
         if cache is not None:
             if any(given is not None for given in (attn_mask, key_padding_mask, positions, rotary)):
@@ -129,18 +158,16 @@ class SelfAttention(_Attention):
             query, key = self.position(query, rotary), self.position(key, rotary)
         if cache is not None:  # prompts: no key is in the cache yet
             cache.store(layer, key, value)
-        out = ops.attention(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask,
-            is_causal=self.causal,
-            alibi_slopes=alibi_slopes(self.heads, x.device) if self.alibi else None,
-            dropout_p=self.dropout if self.training else 0.0,
-            **options,
-        )
-        return self._merge(out)
+        options["is_causal"] = self.causal
+        options["alibi_slopes"] = alibi_slopes(self.heads, x.device) if self.alibi else None
+        options["dropout_p"] = self.dropout if self.training else 0.0
+        if packing is None:
+            masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+            return self._merge(ops.attention(query, key, value, **masks, **options))
+        tokens = (t[0].transpose(0, 1) for t in (query, key, value))
+        out = ops.attention_varlen(*tokens, packing.cu_seqlens, packing.cu_seqlens, **options)
+        out, bias = self._merge(out.transpose(0, 1)[None])
+        return out[0], bias
 
     def _check_caching(self) -> None:
         if not self.causal:
@@ -198,17 +225,18 @@ class CrossAttention(_Attention):
         self._initialise(self.query)
         self._initialise(self.kv)
 
-    def forward(
+    def branch(
         self,
         x: Tensor,
+        source: Source | None,
         memory: Tensor | None,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
-    ) -> Tensor:
-        """x (B, S, d_model) and memory (B, Sk, d_model), which may be None once the cache has it; x's shape."""
-        (query,) = self._split(self.query(x), self.heads)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of x (B, S, d_model) over memory (B, Sk, d_model), which may be None once the cache has it."""
+        (query,) = self._project(self.query, x, source, self.heads)
         kept = None
         if cache is not None:
             self._check_generating()
@@ -216,7 +244,7 @@ class CrossAttention(_Attention):
         if kept is None:
             if memory is None:
                 raise ValueError("memory must be given for cross-attention, unless a cache has it from the first call")
-            kept = self._split(self.kv(memory), self.kv_heads, self.kv_heads)
+            kept = self._project(self.kv, memory, None, self.kv_heads, self.kv_heads)
             if cache is not None:
                 kept = cache.memory[layer] = [t.contiguous() for t in kept]  # read at every step
         options = {"softcap": self.softcap, "scale": self.scale}

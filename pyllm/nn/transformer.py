@@ -1,6 +1,7 @@
 """Transformer: torch.nn's encoder-decoder of this name on pyllm's layers."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ class Transformer(torch.nn.Transformer):
     """Replaces torch.nn.Transformer: same constructor, initialisation, parameters, masks, numbers.
 
     What differs is what differs in `TransformerEncoder` and `TransformerDecoder`, of which it is made. custom_encoder
-    and custom_decoder are used as they are given.
+    and custom_decoder are used as they are given. Without a memory_key_padding_mask the decoder attends to padding, so
+    then the encoder computes it.
     """
 
     def __init__(
@@ -53,3 +55,34 @@ class Transformer(torch.nn.Transformer):
         super().__init__(
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """src through the encoder, tgt and that through the decoder; masks as in `TransformerDecoderLayer`."""
+        looks_at_padding = memory_key_padding_mask is None and isinstance(self.encoder, TransformerEncoder)
+        with self.encoder.padded() if looks_at_padding else nullcontext():
+            return super().forward(
+                src,
+                tgt,
+                src_mask,
+                tgt_mask,
+                memory_mask,
+                src_key_padding_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                src_is_causal,
+                tgt_is_causal,
+                memory_is_causal,
+            )

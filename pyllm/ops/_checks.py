@@ -34,6 +34,33 @@ def shape(op: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: 
         raise ValueError(f"{op}: {name} must have shape {meaning} = {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
+def rows(op: str, name: str, tensor: Tensor) -> None:
+    """The tensor is one that a row operator takes: (..., N)."""
+    floating(op, name, tensor)
+    if tensor.dim() == 0:
+        raise ValueError(f"{op}: {name} must have at least one dimension")
+
+
+def parameter(op: str, name: str, tensor: Tensor, first: str, x: Tensor, meaning: str = "(N,)") -> None:
+    """The tensor has an element for each column of x, in x's dtype or float32."""
+    floating(op, name, tensor)
+    same_device(op, name, tensor, first, x)
+    if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be {x.dtype}, as {first}, or float32, got {tensor.dtype}")
+    if tensor.dim() != 1 or tensor.shape[0] != x.shape[-1]:
+        shape(op, name, tensor, x.shape[-1:], meaning)
+
+
+def residual(op: str, tensor: Tensor, x: Tensor) -> None:
+    """x can be added to the tensor: one shape and dtype, or x of 16 bits and the tensor float32."""
+    floating(op, "residual", tensor)
+    rows(op, "x", x)
+    same_device(op, "residual", tensor, "x", x)
+    shape(op, "residual", tensor, x.shape, "x's")
+    if tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(f"{op}: residual must be {x.dtype}, as x, or float32 beside 16 bits, got {tensor.dtype}")
+
+
 def probability(op: str, name: str, p: float) -> None:
     if not isinstance(p, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(p).__name__}")

@@ -97,6 +97,25 @@ def draw_rng(tensor: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=tensor.device)
 
 
+def no_dropout(position: int) -> Callable[..., str | None]:
+    """Implementation.unfit of PyTorch's own kernels; position: where dropout_p is among the operator's arguments."""
+
+    def unfit(*args) -> str | None:
+        return "its dropout mask would differ from the other backends'" if args[position] != 0.0 else None
+
+    return unfit
+
+
+def gradient_of(x: Tensor, parameter: Tensor | None) -> Tensor:
+    """What a fake backward returns for a parameter: its shape and dtype, or (0,) where there is no parameter."""
+    return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
+
+
+def if_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
+    """The gradient that a backward kernel returned for an argument, None where there is no argument."""
+    return None if argument is None else gradient
+
+
 def on_kernels(
     make: Callable[..., Implementation], *kernels: Kernel, tiles: Callable[..., str] | None = None
 ) -> dict[str, Implementation]:

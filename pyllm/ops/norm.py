@@ -1,6 +1,7 @@
-"""layer_norm, rms_norm, and the same with dropout and residual addition fused in front."""
+"""layer_norm, rms_norm, and the same with bias, dropout and residual addition fused in front."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
     x, weight = full_precision(x, weight)
     _check_row("rms_norm", x, weight)
     if eps is None:
-        eps = _default_eps(x.dtype)
-    return select(RMS_NORM, x, weight, eps)(x, weight, eps)
+        eps = default_eps(x.dtype)
+    return select(RMS_NORM, x, weight, None, eps)(x, weight, None, eps)
 
 
 def add_layer_norm(
@@ -49,29 +50,38 @@ def add_layer_norm(
     eps: float = 1e-5,
     *,
     dropout_p: float = 0.0,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """z = residual + dropout(x); returns (layer_norm(z), z), in one pass over the memory.
+    """z = residual + dropout(x + x_bias); returns (layer_norm(z), z), in one pass over the memory.
 
     x and residual: (..., N) of one shape; both of one dtype, or x of 16 bits and residual float32 (then both results
-    are float32). weight and bias as in `layer_norm`. dropout_p in [0, 1] is applied whenever it is not 0.
+    are float32). weight and bias as in `layer_norm`. dropout_p in [0, 1] is applied whenever it is not 0. x_bias: (N,),
+    x's dtype or float32, such as the bias of the projection that made x; its gradient is summed in the same pass.
     """
-    _check_add("add_layer_norm", x, residual, weight, bias, dropout_p)
-    args = (x, residual, weight, bias, draw_rng(x, dropout_p), dropout_p, eps)
+    _check_add("add_layer_norm", x, residual, weight, bias, dropout_p, x_bias)
+    args = (x, residual, weight, bias, x_bias, draw_rng(x, dropout_p), dropout_p, eps)
     return select(ADD_LAYER_NORM, *args)(*args)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float | None = None, *, dropout_p: float = 0.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """z = residual + dropout(x); returns (rms_norm(z), z). Arguments as in `add_layer_norm` and `rms_norm`."""
-    _check_add("add_rms_norm", x, residual, weight, None, dropout_p)
+    """z = residual + dropout(x + x_bias); returns (rms_norm(z), z). Arguments as in `add_layer_norm` and `rms_norm`."""
+    _check_add("add_rms_norm", x, residual, weight, None, dropout_p, x_bias)
     if eps is None:
-        eps = _default_eps(residual.dtype)
-    args = (x, residual, weight, draw_rng(x, dropout_p), dropout_p, eps)
+        eps = default_eps(residual.dtype)
+    args = (x, residual, weight, None, x_bias, draw_rng(x, dropout_p), dropout_p, eps)
     return select(ADD_RMS_NORM, *args)(*args)
 
 
-def _default_eps(dtype: torch.dtype) -> float:
+def default_eps(dtype: torch.dtype) -> float:
+    """What eps=None stands for in rms_norm, as in torch."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
@@ -94,7 +104,7 @@ def _check_parameter(op: str, name: str, parameter: Tensor, x: Tensor) -> None:
         _checks.shape(op, name, parameter, x.shape[-1:], "(N,)")
 
 
-def _check_add(op, x, residual, weight, bias, dropout_p) -> None:
+def _check_add(op, x, residual, weight, bias, dropout_p, x_bias) -> None:
     _checks.floating(op, "residual", residual)
     _check_row(op, x, None)
     _checks.same_device(op, "residual", residual, "x", x)
@@ -102,6 +112,8 @@ def _check_add(op, x, residual, weight, bias, dropout_p) -> None:
     if residual.dtype != x.dtype and (residual.dtype != torch.float32 or x.dtype == torch.float64):
         raise TypeError(f"{op}: residual must be {x.dtype}, as x, or float32 beside 16 bits, got {residual.dtype}")
     _check_row(op, residual, weight, bias)
+    if x_bias is not None:
+        _check_parameter(op, "x_bias", x_bias, x)
     _checks.probability(op, "dropout_p", dropout_p)
 
 
@@ -153,6 +165,7 @@ def add_layer_norm_fwd(
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    x_bias: Tensor | None,
     rng: Tensor | None,
     dropout_p: float,
     eps: float,
@@ -168,18 +181,26 @@ def add_layer_norm_bwd(
     z: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    x_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     rng: Tensor | None,
     dropout_p: float,
     x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx, dresidual, dweight, dbias
-    return _branch_gradient(z, dropout_p, x_dtype), z.new_empty(z.shape), _gradient(z, weight), _gradient(z, bias)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # dx, dresidual, dweight, dbias, dx_bias
+    dx = _branch_gradient(z, dropout_p, x_dtype)
+    return dx, z.new_empty(z.shape), _gradient(z, weight), _gradient(z, bias), _gradient(z, x_bias)
 
 
 @kernel("norm")
 def add_rms_norm_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor | None, rng: Tensor | None, dropout_p: float, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    x_bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, z, rstd
     z = residual.new_empty(x.shape)
     return torch.empty_like(z), z, _statistic(z)
@@ -191,119 +212,114 @@ def add_rms_norm_bwd(
     dz: Tensor | None,
     z: Tensor,
     weight: Tensor | None,
+    x_bias: Tensor | None,
     rstd: Tensor,
     rng: Tensor | None,
     dropout_p: float,
     x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx, dresidual, dweight
-    return _branch_gradient(z, dropout_p, x_dtype), z.new_empty(z.shape), _gradient(z, weight)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx, dresidual, dweight, dx_bias
+    dx = _branch_gradient(z, dropout_p, x_dtype)
+    return dx, z.new_empty(z.shape), _gradient(z, weight), _gradient(z, x_bias)
 
 
-# --- autograd, one class per operator and backend, and the tables of implementations ---
+# --- autograd, one class per backend for both norms, over the forward and the backward in LayerNorm's form ---
 
 
-def _layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
-    class LayerNorm(torch.autograd.Function):
+def _norm(value: Callable, gradient: Callable) -> Implementation:
+    class Norm(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight, bias, eps):
-            y, mean, rstd = fwd(x, weight, bias, eps)
+            y, mean, rstd = value(x, weight, bias, eps)
             ctx.save_for_backward(x, weight, bias, mean, rstd)
             return y
 
         @staticmethod
         @once_differentiable
         def backward(ctx, dy):
-            _, weight, bias, _, _ = saved = ctx.saved_tensors
-            dx, dweight, dbias = bwd(dy, *saved)
-            return dx, _where(weight, dweight), _where(bias, dbias), None
+            return *gradient(dy, *ctx.saved_tensors), None
 
     def run(x, weight, bias, eps):
         if needs_grad(x, weight, bias):
-            return apply(LayerNorm, x, weight, bias, eps)
-        return fwd(x, weight, bias, eps)[0]
+            return apply(Norm, x, weight, bias, eps)
+        return value(x, weight, bias, eps)[0]
 
     return Implementation(run)
 
 
+def _layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
+    def gradient(dy, x, weight, bias, mean, rstd):
+        dx, dweight, dbias = bwd(dy, x, weight, bias, mean, rstd)
+        return dx, _where(weight, dweight), _where(bias, dbias)
+
+    return _norm(fwd, gradient)
+
+
 def _rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
-    class RMSNorm(torch.autograd.Function):
+    def value(x, weight, bias, eps):
+        y, rstd = fwd(x, weight, eps)
+        return y, None, rstd
+
+    def gradient(dy, x, weight, bias, mean, rstd):
+        dx, dweight = bwd(dy, x, weight, rstd)
+        return dx, _where(weight, dweight), None
+
+    return _norm(value, gradient)
+
+
+def _add_norm(value: Callable, gradient: Callable) -> Implementation:
+    class AddNorm(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, weight, eps):
-            y, rstd = fwd(x, weight, eps)
-            ctx.save_for_backward(x, weight, rstd)
-            return y
+        def forward(ctx, x, residual, weight, bias, x_bias, rng, dropout_p, eps):
+            y, z, mean, rstd = value(x, residual, weight, bias, x_bias, rng, dropout_p, eps)
+            ctx.save_for_backward(z, weight, bias, x_bias, mean, rstd, rng)
+            ctx.dropout = (dropout_p, x.dtype)
+            ctx.set_materialize_grads(False)
+            return y, z
 
         @staticmethod
         @once_differentiable
-        def backward(ctx, dy):
-            _, weight, _ = saved = ctx.saved_tensors
-            dx, dweight = bwd(dy, *saved)
-            return dx, _where(weight, dweight), None
+        def backward(ctx, dy, dz):
+            z, *_ = saved = ctx.saved_tensors
+            dy = torch.zeros_like(z) if dy is None else dy
+            return *gradient(dy, dz, *saved, *ctx.dropout), None, None, None
 
-    def run(x, weight, eps):
-        if needs_grad(x, weight):
-            return apply(RMSNorm, x, weight, eps)
-        return fwd(x, weight, eps)[0]
+    def run(x, residual, weight, bias, x_bias, rng, dropout_p, eps):
+        if needs_grad(x, residual, weight, bias, x_bias):
+            return apply(AddNorm, x, residual, weight, bias, x_bias, rng, dropout_p, eps)
+        return value(x, residual, weight, bias, x_bias, rng, dropout_p, eps)[:2]
 
     return Implementation(run)
 
 
 def _add_layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
-    class AddLayerNorm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, residual, weight, bias, rng, dropout_p, eps):
-            y, z, mean, rstd = fwd(x, residual, weight, bias, rng, dropout_p, eps)
-            ctx.save_for_backward(z, weight, bias, mean, rstd, rng)
-            ctx.dropout = (dropout_p, x.dtype)
-            ctx.set_materialize_grads(False)
-            return y, z
+    def gradient(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype):
+        dx, dresidual, dweight, dbias, dx_bias = bwd(
+            dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype
+        )
+        dx = dx if dx.shape == z.shape else dresidual
+        return dx, dresidual, _where(weight, dweight), _where(bias, dbias), _where(x_bias, dx_bias)
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, dy, dz):
-            z, weight, bias, *_ = saved = ctx.saved_tensors
-            dy = torch.zeros_like(z) if dy is None else dy
-            dx, dresidual, dweight, dbias = bwd(dy, dz, *saved, *ctx.dropout)
-            dx = dx if dx.shape == z.shape else dresidual
-            return dx, dresidual, _where(weight, dweight), _where(bias, dbias), None, None, None
-
-    def run(x, residual, weight, bias, rng, dropout_p, eps):
-        if needs_grad(x, residual, weight, bias):
-            return apply(AddLayerNorm, x, residual, weight, bias, rng, dropout_p, eps)
-        return fwd(x, residual, weight, bias, rng, dropout_p, eps)[:2]
-
-    return Implementation(run)
+    return _add_norm(fwd, gradient)
 
 
 def _add_rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
-    class AddRMSNorm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, residual, weight, rng, dropout_p, eps):
-            y, z, rstd = fwd(x, residual, weight, rng, dropout_p, eps)
-            ctx.save_for_backward(z, weight, rstd, rng)
-            ctx.dropout = (dropout_p, x.dtype)
-            ctx.set_materialize_grads(False)
-            return y, z
+    def value(x, residual, weight, bias, x_bias, rng, dropout_p, eps):
+        y, z, rstd = fwd(x, residual, weight, x_bias, rng, dropout_p, eps)
+        return y, z, None, rstd
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, dy, dz):
-            z, weight, *_ = saved = ctx.saved_tensors
-            dy = torch.zeros_like(z) if dy is None else dy
-            dx, dresidual, dweight = bwd(dy, dz, *saved, *ctx.dropout)
-            dx = dx if dx.shape == z.shape else dresidual
-            return dx, dresidual, _where(weight, dweight), None, None, None
+    def gradient(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype):
+        dx, dresidual, dweight, dx_bias = bwd(dy, dz, z, weight, x_bias, rstd, rng, dropout_p, x_dtype)
+        dx = dx if dx.shape == z.shape else dresidual
+        return dx, dresidual, _where(weight, dweight), None, _where(x_bias, dx_bias)
 
-    def run(x, residual, weight, rng, dropout_p, eps):
-        if needs_grad(x, residual, weight):
-            return apply(AddRMSNorm, x, residual, weight, rng, dropout_p, eps)
-        return fwd(x, residual, weight, rng, dropout_p, eps)[:2]
-
-    return Implementation(run)
+    return _add_norm(value, gradient)
 
 
 def _where(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
     return None if parameter is None else gradient
+
+
+# --- the same of PyTorch's calls ---
 
 
 def _torch_layer_norm(x, weight, bias, eps):
@@ -312,42 +328,51 @@ def _torch_layer_norm(x, weight, bias, eps):
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _torch_rms_norm(x, weight, eps):
+def _torch_rms_norm(x, weight, bias, eps):
     return F.rms_norm(x, x.shape[-1:], weight if weight is None else weight.to(x.dtype), eps)
 
 
-def _torch_add_layer_norm(x, residual, weight, bias, rng, dropout_p, eps):
-    z = residual + x
-    return _torch_layer_norm(z, weight, bias, eps), z
+def _torch_add(norm: Callable) -> Callable:
+    def add_norm(x, residual, weight, bias, x_bias, rng, dropout_p, eps):
+        z = (residual + (x if x_bias is None else x + x_bias)).to(residual.dtype)
+        return norm(z, weight, bias, eps), z
 
-
-def _torch_add_rms_norm(x, residual, weight, rng, dropout_p, eps):
-    z = residual + x
-    return _torch_rms_norm(z, weight, eps), z
+    return add_norm
 
 
 def _no_dropout(x, *args) -> str | None:
     return "its dropout mask would differ from the other backends'" if args[-2] != 0.0 else None
 
 
+def _reference_rms_norm(x, weight, bias, eps):
+    return reference.rms_norm(x, weight, eps)
+
+
+def _reference_add_rms_norm(x, residual, weight, bias, *args):
+    return reference.add_rms_norm(x, residual, weight, *args)
+
+
 LAYER_NORM = Operator(
     "layer_norm",
     on_kernels(_layer_norm_on, layer_norm_fwd, layer_norm_bwd)
-    | {"torch": Implementation(_torch_layer_norm), "reference": Implementation(reference.layer_norm, fused=False)},
+    | {
+        "torch": Implementation(_torch_layer_norm),
+        "reference": Implementation(reference.layer_norm, fused=False),
+    },
 )
 RMS_NORM = Operator(
     "rms_norm",
     on_kernels(_rms_norm_on, rms_norm_fwd, rms_norm_bwd)
     | {
         "torch": Implementation(_torch_rms_norm, fused=False),
-        "reference": Implementation(reference.rms_norm, fused=False),
+        "reference": Implementation(_reference_rms_norm, fused=False),
     },
 )
 ADD_LAYER_NORM = Operator(
     "add_layer_norm",
     on_kernels(_add_layer_norm_on, add_layer_norm_fwd, add_layer_norm_bwd)
     | {
-        "torch": Implementation(_torch_add_layer_norm, _no_dropout, fused=False),
+        "torch": Implementation(_torch_add(_torch_layer_norm), _no_dropout, fused=False),
         "reference": Implementation(reference.add_layer_norm, fused=False),
     },
 )
@@ -355,7 +380,7 @@ ADD_RMS_NORM = Operator(
     "add_rms_norm",
     on_kernels(_add_rms_norm_on, add_rms_norm_fwd, add_rms_norm_bwd)
     | {
-        "torch": Implementation(_torch_add_rms_norm, _no_dropout, fused=False),
-        "reference": Implementation(reference.add_rms_norm, fused=False),
+        "torch": Implementation(_torch_add(_torch_rms_norm), _no_dropout, fused=False),
+        "reference": Implementation(_reference_add_rms_norm, fused=False),
     },
 )

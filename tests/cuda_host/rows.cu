@@ -20,14 +20,15 @@ cuda::Device device(int64_t processors, int64_t capability) {
 extern "C" {
 
 const char* norm_forward(void* x, int64_t x_dtype, void* residual, void* weight, int64_t weight_dtype, void* bias,
-                         int64_t bias_dtype, void* y, void* z, int64_t z_dtype, float* mean, float* rstd,
-                         const int64_t* rng, double p, double eps, int64_t rows, int64_t width, int64_t processors,
-                         int64_t capability) {
+                         int64_t bias_dtype, void* x_bias, int64_t x_bias_dtype, void* y, void* z, int64_t z_dtype,
+                         float* mean, float* rstd, const int64_t* rng, double p, double eps, int64_t rows,
+                         int64_t width, int64_t processors, int64_t capability) {
   return cuda_host::reporting([&] {
     cuda::norm_forward({.x = array(x, x_dtype),
                         .residual = array(residual, z_dtype),
                         .weight = array(weight, weight_dtype),
                         .bias = array(bias, bias_dtype),
+                        .x_bias = array(x_bias, x_bias_dtype),
                         .y = array(y, z_dtype),
                         .z = array(z, z_dtype),
                         .mean = mean,
@@ -46,8 +47,11 @@ const char* norm_forward(void* x, int64_t x_dtype, void* residual, void* weight,
 const char* norm_backward(void* dy, void* dz, void* z, int64_t z_dtype, void* weight, int64_t weight_dtype, void* dx,
                           int64_t dx_dtype, void* dresidual, const float* mean, const float* rstd, const int64_t* rng,
                           double p, float* partials, int64_t rows, int64_t width, void* dweight, void* dbias,
-                          int64_t dbias_dtype, int64_t groups, int64_t processors, int64_t capability) {
+                          int64_t dbias_dtype, void* dx_bias, int64_t dx_bias_dtype, int64_t groups, int64_t processors,
+                          int64_t capability) {
   return cuda_host::reporting([&] {
+    const ColumnGradients gradients{
+        {array(dweight, weight_dtype), array(dbias, dbias_dtype), array(dx_bias, dx_bias_dtype)}};
     const cuda::NormBackward args{.dy = array(dy, z_dtype),
                                   .dz = array(dz, z_dtype),
                                   .z = array(z, z_dtype),
@@ -58,6 +62,7 @@ const char* norm_backward(void* dy, void* dz, void* z, int64_t z_dtype, void* we
                                   .rstd = rstd,
                                   .rng = rng,
                                   .partials = partials,
+                                  .gradients = gradients,
                                   .rows = rows,
                                   .width = static_cast<int>(width),
                                   .lanes = 0,
@@ -67,8 +72,7 @@ const char* norm_backward(void* dy, void* dz, void* z, int64_t z_dtype, void* we
     if (rows > 0) cuda::norm_backward(args, plan, nullptr);
     if (partials != nullptr)
       cuda::norm_column_sum({.partials = partials,
-                             .dweight = array(dweight, weight_dtype),
-                             .dbias = array(dbias, dbias_dtype),
+                             .gradients = gradients,
                              .count = rows > 0 ? plan.groups() : 0,
                              .width = static_cast<int>(width)},
                             nullptr);

@@ -1,0 +1,80 @@
+// What row kernels share: parameters in the compute type, dropout's factors, sums over rows. Include it only from
+// *_kernel.cpp.
+#pragma once
+
+#include "cpu/philox.h"
+#include "cpu/vec.h"
+
+namespace pyllm::PYLLM_ISA {
+
+// A parameter in the compute type: itself, or converted into this thread's scratch memory.
+template <class C, int slot>
+inline const C* parameter(const Array& p, int64_t n) {
+  const C* values = p.as<const C>();
+  if (!p || p.dtype == (sizeof(C) == 8 ? DType::f64 : DType::f32)) return values;
+  C* converted = scratch<C, slot>(n);
+  visit_dtype(p.dtype, [&](auto type) {
+    const auto* source = p.as<const decltype(type)>();
+    if constexpr (std::is_same_v<Compute<decltype(type)>, C>) {
+      for_vectors<C>(n, [&](int64_t i, int count) { store(converted + i, load(source + i, count), count); });
+    } else if constexpr (std::is_same_v<decltype(type), float>) {
+      for (int64_t i = 0; i < n; ++i) converted[i] = source[i];
+    }
+  });
+  return converted;
+}
+
+// body(i, count, keep) for each vector of a row of n, with what dropout multiplies it by. (By value: what is stored
+// might otherwise be the dropout.)
+template <class C, class Body>
+[[gnu::always_inline]] inline void for_dropped_vectors(Dropout dropout, int64_t row, int64_t n, Body&& body) {
+  if (!dropout)
+    return for_vectors<C>(n, [&](int64_t i, int count) __attribute__((always_inline)) { body(i, count, splat(C{1})); });
+  alignas(64) uint16_t random[kPhiloxColumns];
+  for (int64_t column = 0; column < n; column += kPhiloxColumns) {
+    random_bits(dropout, 0, static_cast<uint32_t>(row), column, random);
+    const int64_t columns = n - column < kPhiloxColumns ? n - column : kPhiloxColumns;
+    for_vectors<C>(columns, [&](int64_t i, int count) __attribute__((always_inline)) {
+      body(column + i, count, keep_factor<C>(dropout, random + i));
+    });
+  }
+}
+
+// Sums over the rows of a chunk, column by column: over few rows first, then over those, so that the error grows with
+// neither. n = 0: none are wanted. A row adds to `recent`.
+template <class C>
+struct ColumnSums {
+  static constexpr int64_t kRows = 16;
+  C *total, *recent;
+  int64_t n;
+
+  ColumnSums(C* total, int64_t n) : total(total), recent(scratch<C, 1>(n)), n(n) {
+    if (n == 0) return;
+    std::memset(total, 0, n * sizeof(C));
+    std::memset(recent, 0, n * sizeof(C));
+  }
+
+  void add(int64_t i, Vec<C> v, int count) const { store(recent + i, load(recent + i, count) + v, count); }
+
+  void end_row(int64_t row, bool last) const {
+    if (row % kRows != kRows - 1 && !last) return;
+    for_vectors<C>(n, [&](int64_t i, int count) {
+      store(total + i, load(total + i, count) + load(recent + i, count), count);
+      store(recent + i, Vec<C>{}, count);
+    });
+  }
+};
+
+// Calls body(X{}, Z{}) for the pairs that the operators admit: one dtype, or 16-bit x with float z.
+template <class Body>
+inline void visit_pair(DType x, DType z, Body&& body) {
+  visit_dtype(x, [&](auto x_type) {
+    if (x == z) {
+      body(x_type, x_type);
+    } else if constexpr (sizeof(x_type) == 2) {
+      body(x_type, float{});
+    }
+  });
+}
+
+}  // namespace pyllm::PYLLM_ISA

@@ -1,0 +1,108 @@
+"""The memory plan of a layer: what its forward keeps for the backward, and what the backward makes again.
+
+"all" keeps every intermediate result. "minimal" makes norm outputs (from the norm's input) and activations (from the
+pre-activation) again: a pass over memory each. "recompute" makes the pre-activation of the feed-forward again too,
+which is a matrix product. Dropout is a function of its seed, so whatever is made again is the same to the bit.
+
+In units of tokens * d_model elements, a post-norm layer with a feed-forward of 4 d_model keeps 16, 11 and 7: its input,
+queries, keys, values and attention's output (5), the sums that are normed (2), the pre-activation (4), norm output and
+activation (5). torch.nn's layer keeps 19 and, with dropout, matrices of attention weights and of masks.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyllm.ops._autocast import lower_precision
+from pyllm.ops._registration import needs_grad
+
+PLANS = ("all", "minimal", "recompute")
+
+
+def check_plan(save: str) -> str:
+    if save not in PLANS:
+        raise ValueError(f"save must be one of {', '.join(PLANS)}, got {save!r}")
+    return save
+
+
+class Source(NamedTuple):
+    """How a tensor is made again, to the bit: compute(*tensors), tensors being kept anyway."""
+
+    compute: Callable[..., Tensor]
+    tensors: tuple[Tensor | None, ...]
+
+    def cast(self, dtype: torch.dtype) -> "Source":
+        return Source(lambda *tensors: self.compute(*tensors).to(dtype), self.tensors)
+
+
+def flat(source: Source | None) -> tuple:
+    """A source as the last arguments of a Function, which takes tensors one by one; no gradient goes its way."""
+    return () if source is None else (source.compute, *(t if t is None else t.detach() for t in source.tensors))
+
+
+class Kept:
+    """A matrix that the backward of a Function needs: itself, or what it is made from. `tensors` are to be saved."""
+
+    def __init__(self, x: Tensor, source: tuple):
+        self._width = x.shape[-1]
+        self._compute, *self.tensors = source or (None, x)
+
+    def restore(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The matrix (T, width), from the saved tensors."""
+        x = tensors[0] if self._compute is None else self._compute(*tensors)
+        return x.reshape(-1, self._width)
+
+
+def in_one_precision(
+    x: Tensor, source: Source | None, *weights: Tensor
+) -> tuple[Tensor, Source | None, tuple[Tensor, ...]]:
+    """x, its source and weights as autocast has them in a matrix product."""
+    cast, *weights = lower_precision(x, *weights)
+    if source is not None and cast.dtype != x.dtype:
+        source = source.cast(cast.dtype)
+    return cast, source, tuple(weights)
+
+
+def by_hand(*tensors: Tensor | None) -> bool:
+    """Whether a Function of this package takes the place of autograd's own: a compiler has a memory plan itself, and
+    tensors of other classes (quantised, distributed) have products of their own."""
+    return (
+        needs_grad(*tensors)
+        and not torch.compiler.is_compiling()
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, source: Source | None = None) -> Tensor:
+    """F.linear(x, weight, bias), whose backward makes x from its source, if there is one, instead of keeping it."""
+    if not by_hand(x, weight, bias) or (source is None and (bias is None or not x.is_cpu)):
+        return F.linear(x, weight, bias)
+    x, source, (weight,) = in_one_precision(x, source, weight)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    return _Linear.apply(x, weight, bias, *flat(source))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, *source):
+        ctx.input = Kept(x, source)
+        ctx.save_for_backward(weight, *ctx.input.tensors)
+        if bias is None or not x.is_cpu:
+            return F.linear(x, weight, bias)
+        return F.linear(x, weight).add_(bias)  # oneDNN's product with a bias takes a quarter longer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        weight, *kept = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, *rest = ctx.needs_input_grad
+        rows = dout.reshape(-1, dout.shape[-1])
+        dx = (rows @ weight).view(*dout.shape[:-1], -1) if wants_x else None
+        dweight = rows.mT @ ctx.input.restore(kept) if wants_weight else None
+        dbias = rows.sum(0) if wants_bias else None
+        return dx, dweight, dbias, *(None for _ in rest)

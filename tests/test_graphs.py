@@ -1,0 +1,211 @@
+"""pyllm.graphed: with CUDA graphs where there is a GPU, on taped operators where there is none."""
+
+import pytest
+import taped_graphs
+import torch
+from conftest import DEVICES
+from torch import Tensor
+
+import pyllm
+from pyllm import graphs, nn
+
+E, H = 16, 2
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch) -> str:
+    if request.param == "cpu":
+        taped_graphs.install(monkeypatch)
+    return request.param
+
+
+def layer(device: str, dropout: float = 0.0) -> nn.TransformerEncoderLayer:
+    torch.manual_seed(1)
+    return nn.TransformerEncoderLayer(E, H, 32, dropout, batch_first=True, norm_first=True, device=device)
+
+
+def normal(*shape: int, device: str) -> Tensor:
+    return torch.randn(*shape, device=device, requires_grad=True)
+
+
+def gradients(output: Tensor, *inputs: Tensor) -> list[Tensor]:
+    cotangent = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+    return [g.clone() for g in torch.autograd.grad(output, inputs, cotangent)]
+
+
+def test_a_module_forward_and_backward(device):
+    module = layer(device)
+    fast = pyllm.graphed(module)
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3], device=device)
+    for _ in range(3):
+        x = normal(2, 7, E, device=device)
+        expected = module(x, src_key_padding_mask=padding)
+        actual = fast(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(actual, expected)
+        leaves = [x, *module.parameters()]
+        for a, e in zip(gradients(actual, *leaves), gradients(expected, *leaves), strict=True):
+            torch.testing.assert_close(a, e)
+        padding = padding.flip(0)
+    assert type(module.forward).__name__ == "method", "the module itself was changed"
+
+
+def test_results_are_overwritten_and_arguments_are_not_kept(device):
+    fast = pyllm.graphed(layer(device).eval())
+    x, y = (normal(2, 5, E, device=device) for _ in range(2))
+    with torch.no_grad():
+        first = fast(x)
+        kept = first.clone()
+        second = fast(y)
+        assert torch.equal(first, second) and not torch.equal(first, kept)
+        assert torch.equal(fast(x), kept)
+
+
+def test_dropout_varies_and_obeys_the_seed(device):
+    fast = pyllm.graphed(layer(device, 0.5))
+    x = normal(2, 5, E, device=device)
+    fast(x)
+    runs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        runs.append([fast(x).clone() for _ in range(2)])
+    assert not torch.equal(*runs[0])
+    assert all(map(torch.equal, runs[0], runs[1])) and not torch.equal(runs[0][0], runs[2][0])
+
+
+def test_the_backward_has_the_forwards_dropout(device):
+    class Dropped(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            zero = torch.zeros_like(x)
+            return pyllm.ops.add_rms_norm(x, zero, dropout_p=0.5)[1]
+
+    fast = pyllm.graphed(Dropped())
+    for _ in range(3):
+        x = normal(4, 64, device=device)
+        out = fast(x).clone()
+        (dx,) = torch.autograd.grad(fast(x).sum(), x)  # of the second call
+        assert 0 < (dx == 0).sum() < dx.numel()
+        again = fast(x)
+        (dx,) = torch.autograd.grad(again.sum(), x)
+        assert torch.equal(dx == 0, again == 0) and not torch.equal(out, again)
+
+
+def test_nested_arguments_and_results(device):
+    class Nested(torch.nn.Module):
+        def forward(self, pair, scale, *, named):
+            return {"sum": pair[0] + scale * pair[1], "rest": [None, named["x"] * 2, scale]}
+
+    fast = pyllm.graphed(Nested())
+    for scale in (2.0, 3.0, 2.0):
+        a, b, x = (normal(3, device=device) for _ in range(3))
+        result = fast((a, b), scale, named={"x": x})
+        assert torch.equal(result["sum"], a + scale * b) and torch.equal(result["rest"][1], x * 2)
+        assert result["rest"][0] is None and result["rest"][2] == scale
+    assert len(fast._kept) == 2
+
+
+def test_a_step_is_one_step_at_every_call(device):
+    """As many updates as calls, warm-up and capture included, to the same weights as without a graph."""
+
+    def train(graphed: bool):
+        module = layer(device)
+        options = {"capturable": True} if device == "cuda" else {"fused": True}
+        optimizer = torch.optim.AdamW(module.parameters(), lr=torch.tensor(1e-2, device=device), **options)
+
+        def step(x: Tensor, target: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            loss = (module(x) - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        step = pyllm.graphed(step) if graphed else step
+        torch.manual_seed(2)
+        losses = []
+        for i in range(8):
+            optimizer.param_groups[0]["lr"].fill_(1e-2 / (1 + i))
+            losses.append(step(*torch.randn(2, 3, 5, E, device=device)).item())
+        return losses, list(module.parameters())
+
+    losses, parameters = train(True)
+    expected_losses, expected = train(False)
+    torch.testing.assert_close(losses, expected_losses)
+    for a, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_a_steps_results_carry_no_gradient(device):
+    x = normal(3, device=device)
+    double = pyllm.graphed(lambda x: x * 2)
+    for _ in range(graphs.WARM_UPS + 2):
+        assert not double(x).requires_grad
+
+
+def test_what_is_captured_anew(device):
+    module = layer(device)
+    fast = pyllm.graphed(module, captures=4)
+    x = normal(2, 5, E, device=device)
+
+    def captured() -> int:
+        return len(fast._kept)
+
+    assert torch.equal(fast(x), fast(x)) and captured() == 1
+    fast(normal(2, 6, E, device=device))
+    assert captured() == 2
+    with torch.no_grad():
+        assert not fast(x).requires_grad
+    assert captured() == 3
+    module.eval()
+    fast(x)
+    assert captured() == 4
+    with pyllm.use_backend("reference"):
+        fast(x)
+    assert captured() == 4, "the oldest was to go"
+    module.train()
+    newest = list(fast._kept)[-1]
+    fast(x.detach().requires_grad_())
+    assert captured() == 4 and list(fast._kept)[-1] != newest
+
+
+def test_weights_may_change_in_place_but_not_be_replaced(device):
+    module = layer(device)
+    fast = pyllm.graphed(module)
+    x = normal(2, 5, E, device=device)
+    fast(x)
+    with torch.no_grad():
+        module.linear1.weight.mul_(2.0)
+    torch.testing.assert_close(fast(x), module(x))
+    module.linear1.weight.data = module.linear1.weight.data.clone()
+    with pytest.raises(RuntimeError, match=r"parameter linear1.weight is no longer where"):
+        fast(x)
+    fast = pyllm.graphed(module)
+    fast(x)
+    module.norm1.bias = torch.nn.Parameter(module.norm1.bias.detach().clone())
+    with pytest.raises(RuntimeError, match=r"parameter norm1.bias is no longer where"):
+        fast(x)
+
+
+def test_an_error_in_the_function_is_the_functions(device):
+    def fails(x: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        pyllm.graphed(fails)(normal(3, device=device))
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match="graphed: a module or a function is expected, got int"):
+        pyllm.graphed(3)
+    with pytest.raises(ValueError, match="captures must be an int, 1 or more, got 0"):
+        pyllm.graphed(abs, captures=0)
+    with pytest.raises(RuntimeError, match="CUDA graphs need CUDA tensors, got one on cpu"):
+        pyllm.graphed(torch.relu)(torch.randn(3))
+    with pytest.raises(RuntimeError, match="CUDA graphs need CUDA tensors, got one on cpu"):
+        pyllm.graphed(torch.nn.Linear(2, 2))()
+    with pytest.raises(TypeError, match="must be hashable"):
+        pyllm.graphed(abs)({1, 2})
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="need a GPU, and this PyTorch sees none"):
+        pyllm.graphed(lambda: None)()

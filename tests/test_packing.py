@@ -1,0 +1,190 @@
+"""unpad and pad, and stacks that run on tokens without padding: the same numbers where there is a token."""
+
+import pytest
+import torch
+from torch_parity import SMALL, E, H, assert_parity, compare, pair, results
+
+import pyllm
+from pyllm.nn import EncoderLayer, Packing, TransformerEncoder, TransformerEncoderLayer, pad, unpad
+from pyllm.ops import attention_varlen
+from pyllm.testing import assert_within_budget
+
+B, S = 4, 9
+CAUSAL = torch.ones(S, S, dtype=torch.bool).triu(1)
+PADDING = torch.ones(B, S, dtype=torch.bool)
+PADDING[0, :3] = False
+PADDING[1, :] = False
+PADDING[3, 4:8] = False  # before and after; sample 2 is nothing but padding
+
+
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+@pytest.mark.parametrize("width", [(), (5,), (2, 3)], ids=str)
+def test_pad_is_the_inverse(width, batch_first):
+    x = torch.randn(B, S, *width, dtype=torch.float64, requires_grad=True)
+    given = x if batch_first else x.transpose(0, 1)
+    tokens, packing = unpad(given, PADDING, batch_first)
+    assert torch.equal(tokens, x[~PADDING])
+    assert packing.cu_seqlens.tolist() == [0, 3, 12, 12, 16]
+    assert packing.cu_seqlens.dtype == torch.int32
+    assert packing.positions.tolist() == [0, 1, 2, *range(9), 4, 5, 6, 7]
+    assert packing.share == 16 / 36
+    padded = pad(tokens, packing)
+    assert padded.shape == given.shape
+    padded = padded if batch_first else padded.transpose(0, 1)
+    assert torch.equal(padded[~PADDING], x[~PADDING])
+    assert not padded[PADDING].any()
+    packing = Packing.of(PADDING)
+    torch.autograd.gradcheck(lambda t: pad(unpad(t, PADDING)[0] ** 2, packing), (x,))
+
+
+@pytest.mark.parametrize("padding", [torch.ones(2, 3, dtype=torch.bool), torch.zeros(0, 3, dtype=torch.bool)], ids=str)
+def test_nothing_to_pack(padding):
+    x = torch.randn(*padding.shape, 5)
+    tokens, packing = unpad(x, padding)
+    assert tokens.shape == (0, 5)
+    assert torch.equal(pad(tokens, packing), torch.zeros_like(x))
+
+
+def test_errors():
+    x = torch.randn(B, S, E)
+    with pytest.raises(TypeError, match="bool"):
+        unpad(x, PADDING.float())
+    with pytest.raises(ValueError, match=r"\(B, S\)"):
+        unpad(x, PADDING[0])
+    with pytest.raises(ValueError, match=r"\(4, 9\)"):
+        unpad(x[:2], PADDING)
+    tokens, packing = unpad(x, PADDING)
+    with pytest.raises(ValueError, match="16 rows"):
+        pad(tokens[1:], packing)
+
+
+class OnTokens(torch.nn.Module):
+    """A stack whose outputs at padded positions are not looked at."""
+
+    def __init__(self, stack, padding, batch_first=True):
+        super().__init__()
+        self.stack, self.padding, self.batch_first = stack, padding, batch_first
+
+    def forward(self, x, **options):
+        out = self.stack(x, src_key_padding_mask=self.padding, **options)
+        return (out if self.batch_first else out.transpose(0, 1))[~self.padding]
+
+
+def stacks(batch_first=True, norm_first=False, dropout=0.0, **options):
+    """A stack of pyllm's, and torch's with the same parameters."""
+    layers = pair("TransformerEncoderLayer", E, H, 40, dropout, batch_first=batch_first, norm_first=norm_first)
+    ours = TransformerEncoder(layers[0], 2, pyllm.nn.LayerNorm(E), **options)
+    theirs = torch.nn.TransformerEncoder(layers[1], 2, torch.nn.LayerNorm(E), enable_nested_tensor=False)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture
+def packed_calls(monkeypatch):
+    """What attention was called with on packed tokens."""
+    calls = []
+
+    def noting(*args, **options):
+        calls.append(args)
+        return attention_varlen(*args, **options)
+
+    monkeypatch.setattr(pyllm.ops, "attention_varlen", noting)
+    return calls
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+def test_a_stack_packs_and_gives_torchs_numbers(batch_first, norm_first, causal, packed_calls):
+    padding = PADDING[[0, 1, 3]]  # torch gives NaN where a sample is nothing but padding
+    padding[2, 0] = False  # and where a query's only keys are padding, which causal leaves the first
+    ours, theirs = (OnTokens(s, padding, batch_first) for s in stacks(batch_first, norm_first))
+    x = torch.randn((3, S, E) if batch_first else (S, 3, E))
+    compare(ours, theirs, x, **({"mask": CAUSAL} if causal else {}))
+    assert len(packed_calls) == 2, "one for each layer"
+
+
+def test_padded_positions_hold_zeros_before_the_final_norm(packed_calls):
+    """As in torch's own packed inference; a sample of nothing but padding included."""
+    stack, _ = stacks()
+    x = torch.randn(B, S, E)
+    out = stack(x, src_key_padding_mask=PADDING)
+    assert torch.equal(out[PADDING], stack.norm.bias.expand_as(out[PADDING]))
+    assert packed_calls
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_packed_is_padded(dropout, packed_calls):
+    """With attention's dropout too, which does not know of the packing where padding is behind the tokens."""
+    stack, _ = stacks()
+    for layer in stack.layers:
+        layer.self_attn.dropout = dropout
+    x, behind = torch.randn(B, S, E), torch.arange(S) >= torch.tensor([3, 9, 0, 6])[:, None]
+
+    def found(dtype, packed):
+        stack.enable_nested_tensor = packed
+        torch.manual_seed(1)
+        return results(OnTokens(stack.to(dtype), behind), [x], {}, dtype)
+
+    actual = found(torch.float32, True)
+    assert len(packed_calls) == 2
+    assert_parity(actual, (found(torch.float32, False), found(torch.float64, False)))
+    assert len(packed_calls) == 2
+
+
+def hooked(stack):
+    stack.layers[0].self_attn.register_forward_hook(lambda *_: None)
+    return stack
+
+
+class Sub(TransformerEncoderLayer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("stack", "options"),
+    [
+        pytest.param(lambda: stacks(enable_nested_tensor=False)[0], {}, id="switched off"),
+        pytest.param(lambda: stacks()[0], {"mask": torch.zeros(S, S)}, id="a mask"),
+        pytest.param(lambda: stacks()[0], {"src_key_padding_mask": PADDING.float()}, id="float padding"),
+        pytest.param(lambda: stacks()[0], {"src_key_padding_mask": torch.zeros_like(PADDING)}, id="no padding"),
+        pytest.param(lambda: hooked(stacks()[0]), {}, id="a hook"),
+        pytest.param(lambda: TransformerEncoder(Sub(E, H, 40, batch_first=True), 2), {}, id="a subclass"),
+    ],
+)
+def test_what_is_not_packed(stack, options, packed_calls):
+    out = stack()(torch.randn(B, S, E), **{"src_key_padding_mask": PADDING, **options})
+    assert out.isfinite().all()
+    assert not packed_calls
+
+
+def test_a_decoder_that_looks_at_padding_gets_what_torchs_gets(packed_calls):
+    """Transformer without memory_key_padding_mask: the memory of padded positions is used, so it is computed."""
+    ours, theirs = pair("Transformer", **SMALL, dropout=0.0, batch_first=True)
+    padding = PADDING[[0, 1, 3]]
+    src, tgt = torch.randn(3, S, E), torch.randn(3, 5, E)
+    compare(ours, theirs, src, tgt, src_key_padding_mask=padding)
+    assert not packed_calls
+    compare(ours, theirs, src, tgt, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    assert packed_calls
+
+
+@pytest.mark.parametrize("position", ["none", "rotary", "alibi", "t5"])
+def test_a_block_on_tokens(position):
+    layer = EncoderLayer(E, H, 40, position=position, dropout=0.0, norm_first=True, activation="swiglu", causal=True)
+    x = torch.randn(B, S, E, requires_grad=True)
+    padding = torch.arange(S) >= torch.tensor([3, 9, 1, 6])[:, None]
+    tokens, packing = unpad(x, padding)
+    expected = layer(x, src_key_padding_mask=padding)[~padding]
+    found = layer(tokens, packing=packing)
+    assert_within_budget("tokens", found, expected.double(), expected)
+    gradients = [torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]) for out in (found, expected)]
+    for actual, plain in zip(*gradients, strict=True):
+        assert_within_budget("gradient", actual, plain.double(), plain_error(plain))
+    with pytest.raises(ValueError, match="with packing"):
+        layer(tokens, src_key_padding_mask=padding, packing=packing)
+
+
+def plain_error(gradient):
+    """Sums of this many float32 terms, in another order."""
+    return S * B * torch.finfo(torch.float32).eps * gradient.abs().max().item()
