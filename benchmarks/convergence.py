@@ -77,8 +77,7 @@ class BERT(Model):
     """Post-norm; a seventh of the bytes is masked, and sequences are padded to the longest."""
 
     def make(self, nn: ModuleType, options: dict) -> None:
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, **options)
-        self.body = nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False)
+        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, **options), DEPTH)
 
     def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
         return self.head(self.body(self.embed(tokens), src_key_padding_mask=padding))

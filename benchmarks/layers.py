@@ -155,8 +155,8 @@ def _stack(nn, width: int, dropout: float, save: str | None = None, **options) -
     layer = nn.TransformerEncoderLayer(
         width, width // HEAD_DIM, 4 * width, dropout, batch_first=True, **plan, **options
     )
-    nested = not layer.norm_first and layer.self_attn.num_heads % 2 == 0  # where torch's can, and does not warn
-    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=nested)
+    packs = not layer.norm_first and layer.self_attn.num_heads % 2 == 0  # torch's, which warns where it cannot
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=packs or nn is pyllm.nn)
 
 
 def _decoder(nn, width: int, dropout: float, save: str | None = None, **options) -> Module:

