@@ -13,7 +13,7 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._autocast import full_precision
-from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
+from pyllm.ops._registration import apply, draw_rng, gradient_of, if_given, kernel, needs_grad, no_dropout, on_kernels
 from pyllm.reference import statistics_type
 
 
@@ -86,34 +86,18 @@ def default_eps(dtype: torch.dtype) -> float:
 
 
 def _check_row(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
-    _checks.floating(op, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension")
+    _checks.rows(op, "x", x)
     if weight is not None:
-        _check_parameter(op, "weight", weight, x)
+        _checks.parameter(op, "weight", weight, "x", x)
     if bias is not None:
-        _check_parameter(op, "bias", bias, x)
-
-
-def _check_parameter(op: str, name: str, parameter: Tensor, x: Tensor) -> None:
-    _checks.floating(op, name, parameter)
-    _checks.same_device(op, name, parameter, "x", x)
-    if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
-        raise TypeError(f"{op}: {name} must be {x.dtype}, as x, or float32, got {parameter.dtype}")
-    if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
-        _checks.shape(op, name, parameter, x.shape[-1:], "(N,)")
+        _checks.parameter(op, "bias", bias, "x", x)
 
 
 def _check_add(op, x, residual, weight, bias, dropout_p, x_bias) -> None:
-    _checks.floating(op, "residual", residual)
-    _check_row(op, x, None)
-    _checks.same_device(op, "residual", residual, "x", x)
-    _checks.shape(op, "residual", residual, x.shape, "x's")
-    if residual.dtype != x.dtype and (residual.dtype != torch.float32 or x.dtype == torch.float64):
-        raise TypeError(f"{op}: residual must be {x.dtype}, as x, or float32 beside 16 bits, got {residual.dtype}")
+    _checks.residual(op, residual, x)
     _check_row(op, residual, weight, bias)
     if x_bias is not None:
-        _check_parameter(op, "x_bias", x_bias, x)
+        _checks.parameter(op, "x_bias", x_bias, "x", x)
     _checks.probability(op, "dropout_p", dropout_p)
 
 
@@ -123,11 +107,6 @@ def _check_add(op, x, residual, weight, bias, dropout_p, x_bias) -> None:
 def _statistic(x: Tensor) -> Tensor:
     """(M,) for the M rows of x."""
     return x.new_empty(math.prod(x.shape[:-1]), dtype=statistics_type(x))  # Size.numel() would fix dynamic shapes
-
-
-def _gradient(x: Tensor, parameter: Tensor | None) -> Tensor:
-    """(N,) in the parameter's dtype, or (0,) where there is no parameter."""
-    return x.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
 
 
 def _branch_gradient(z: Tensor, dropout_p: float, x_dtype: torch.dtype) -> Tensor:
@@ -146,7 +125,7 @@ def layer_norm_fwd(
 def layer_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
-    return x.new_empty(x.shape), _gradient(x, weight), _gradient(x, bias)
+    return x.new_empty(x.shape), gradient_of(x, weight), gradient_of(x, bias)
 
 
 @kernel("norm")
@@ -156,7 +135,7 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
 
 @kernel("norm")
 def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:  # dx, dweight
-    return x.new_empty(x.shape), _gradient(x, weight)
+    return x.new_empty(x.shape), gradient_of(x, weight)
 
 
 @kernel("norm")
@@ -189,7 +168,7 @@ def add_layer_norm_bwd(
     x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # dx, dresidual, dweight, dbias, dx_bias
     dx = _branch_gradient(z, dropout_p, x_dtype)
-    return dx, z.new_empty(z.shape), _gradient(z, weight), _gradient(z, bias), _gradient(z, x_bias)
+    return dx, z.new_empty(z.shape), gradient_of(z, weight), gradient_of(z, bias), gradient_of(z, x_bias)
 
 
 @kernel("norm")
@@ -219,7 +198,7 @@ def add_rms_norm_bwd(
     x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dx, dresidual, dweight, dx_bias
     dx = _branch_gradient(z, dropout_p, x_dtype)
-    return dx, z.new_empty(z.shape), _gradient(z, weight), _gradient(z, x_bias)
+    return dx, z.new_empty(z.shape), gradient_of(z, weight), gradient_of(z, x_bias)
 
 
 # --- autograd, one class per backend for both norms, over the forward and the backward in LayerNorm's form ---
@@ -249,7 +228,7 @@ def _norm(value: Callable, gradient: Callable) -> Implementation:
 def _layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
     def gradient(dy, x, weight, bias, mean, rstd):
         dx, dweight, dbias = bwd(dy, x, weight, bias, mean, rstd)
-        return dx, _where(weight, dweight), _where(bias, dbias)
+        return dx, if_given(weight, dweight), if_given(bias, dbias)
 
     return _norm(fwd, gradient)
 
@@ -261,7 +240,7 @@ def _rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
 
     def gradient(dy, x, weight, bias, mean, rstd):
         dx, dweight = bwd(dy, x, weight, rstd)
-        return dx, _where(weight, dweight), None
+        return dx, if_given(weight, dweight), None
 
     return _norm(value, gradient)
 
@@ -297,7 +276,7 @@ def _add_layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
             dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype
         )
         dx = dx if dx.shape == z.shape else dresidual
-        return dx, dresidual, _where(weight, dweight), _where(bias, dbias), _where(x_bias, dx_bias)
+        return dx, dresidual, if_given(weight, dweight), if_given(bias, dbias), if_given(x_bias, dx_bias)
 
     return _add_norm(fwd, gradient)
 
@@ -310,13 +289,9 @@ def _add_rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
     def gradient(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype):
         dx, dresidual, dweight, dx_bias = bwd(dy, dz, z, weight, x_bias, rstd, rng, dropout_p, x_dtype)
         dx = dx if dx.shape == z.shape else dresidual
-        return dx, dresidual, _where(weight, dweight), None, _where(x_bias, dx_bias)
+        return dx, dresidual, if_given(weight, dweight), None, if_given(x_bias, dx_bias)
 
     return _add_norm(value, gradient)
-
-
-def _where(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
-    return None if parameter is None else gradient
 
 
 # --- the same of PyTorch's calls ---
@@ -334,14 +309,10 @@ def _torch_rms_norm(x, weight, bias, eps):
 
 def _torch_add(norm: Callable) -> Callable:
     def add_norm(x, residual, weight, bias, x_bias, rng, dropout_p, eps):
-        z = (residual + (x if x_bias is None else x + x_bias)).to(residual.dtype)
+        z = reference.dropout_add(x, residual, x_bias, rng, dropout_p)
         return norm(z, weight, bias, eps), z
 
     return add_norm
-
-
-def _no_dropout(x, *args) -> str | None:
-    return "its dropout mask would differ from the other backends'" if args[-2] != 0.0 else None
 
 
 def _reference_rms_norm(x, weight, bias, eps):
@@ -372,7 +343,7 @@ ADD_LAYER_NORM = Operator(
     "add_layer_norm",
     on_kernels(_add_layer_norm_on, add_layer_norm_fwd, add_layer_norm_bwd)
     | {
-        "torch": Implementation(_torch_add(_torch_layer_norm), _no_dropout, fused=False),
+        "torch": Implementation(_torch_add(_torch_layer_norm), no_dropout(-2), fused=False),
         "reference": Implementation(reference.add_layer_norm, fused=False),
     },
 )
@@ -380,7 +351,7 @@ ADD_RMS_NORM = Operator(
     "add_rms_norm",
     on_kernels(_add_rms_norm_on, add_rms_norm_fwd, add_rms_norm_bwd)
     | {
-        "torch": Implementation(_torch_add(_torch_rms_norm), _no_dropout, fused=False),
+        "torch": Implementation(_torch_add(_torch_rms_norm), no_dropout(-2), fused=False),
         "reference": Implementation(_reference_add_rms_norm, fused=False),
     },
 )
