@@ -270,7 +270,8 @@ template <class C, int sums, class Body>
 
 // --- exp, tanh ---
 
-// For x <= 88: 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2; within 0.9 ulp, 1.2 without FMA; 0 where the result is subnormal.
+// For x <= 88: 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2; within 0.9 ulp, 1.2 without FMA; 0 where the result is
+// subnormal.
 inline Vec<float> exp(Vec<float> x) {
   constexpr float least = -87.3f;
   const auto underflow = x < least;
