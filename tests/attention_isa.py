@@ -12,6 +12,7 @@ if len(sys.argv) > 1:
     torch.ops.load_library = lambda path: load(sys.argv[1] if path.endswith("libpyllm_cpu.so") else path)
 
 import test_attention
+import test_attention_decode
 from attention_case import BOTTOM, CAUSAL, DROPOUT, Case
 
 from pyllm.testing import check
@@ -31,9 +32,15 @@ CASES = [
     Case("sequences", heads=4, lengths=((33, 70), (0, 5), (64, 3), (9, 0), (100, 300)), dim=40, options=DROPOUT),
 ]
 
+DECODING = [
+    test_attention_decode.Case("alone", dim=40, kv_heads=4),
+    test_attention_decode.Case("shared", lengths=(1, 300, 37), capacity=512, heads=8, dim=72, page=16, rotary=16),
+    test_attention_decode.Case("crowd", lengths=(5, 200), capacity=208, heads=18, kv_heads=1, new=2, dim=33),
+]
+
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
-    for case in CASES:
+    for case in CASES + DECODING:
         torch.manual_seed(0)
         check(case.call, case.inputs(torch.bfloat16, "cpu"), "native")
     test_attention.test_every_backend_drops_the_same_elements(torch.bfloat16, ("native", "cpu"))

@@ -27,25 +27,21 @@ inline bool request_tiles() {
 
 #if defined(__AMX_BF16__)
 
-// Gives all eight tiles their full size, and restores at its end what the thread had set: other libraries take the
-// tiles for as they left them.
-class TileScope {
- public:
-  TileScope() {
-    alignas(64) unsigned char full[64] = {1};  // palette 1; from byte 16 on bytes of a row, from byte 48 on rows
-    for (int tile = 0; tile < 8; ++tile) {
-      full[16 + 2 * tile] = 64;
-      full[48 + tile] = 16;
-    }
-    asm volatile("sttilecfg %0" : "=m"(before_));
-    asm volatile("ldtilecfg %0" ::"m"(full));
+// body(), with all eight tiles at their full size. Afterwards they are as the thread had set them: other libraries take
+// the tiles for as they left them.
+template <class Body>
+void with_tiles(Body&& body) {
+  alignas(64) unsigned char full[64] = {1},
+                            before[64];  // palette 1; from byte 16 on bytes of a row, from byte 48 on rows
+  for (int tile = 0; tile < 8; ++tile) {
+    full[16 + 2 * tile] = 64;
+    full[48 + tile] = 16;
   }
-  ~TileScope() { asm volatile("ldtilecfg %0" ::"m"(before_)); }
-  TileScope(const TileScope&) = delete;
-
- private:
-  alignas(64) unsigned char before_[64];
-};
+  asm volatile("sttilecfg %0" : "=m"(before));
+  asm volatile("ldtilecfg %0" ::"m"(full));
+  body();
+  asm volatile("ldtilecfg %0" ::"m"(before));
+}
 
 template <int tile>
 [[gnu::always_inline]] inline void tile_zero() {

@@ -57,11 +57,12 @@ class PairDecode {
 }  // namespace
 
 void attention_decode(const AttentionDecode& call, int64_t begin, int64_t end) {
-  const MultiplierScope scope;
   // A single query's products in fp32 wait for memory already.
   const bool single = call.heads / call.kv_heads * call.added == 1;
-  for (int64_t task = begin; task < end; ++task)
-    single ? decode<BFloat16, PlainDecode<BFloat16>>(call, task) : decode<BFloat16, PairDecode>(call, task);
+  with_tiles([&] {
+    for (int64_t task = begin; task < end; ++task)
+      single ? decode<BFloat16, PlainDecode<BFloat16>>(call, task) : decode<BFloat16, PairDecode>(call, task);
+  });
 }
 
 }  // namespace pyllm::PYLLM_ISA

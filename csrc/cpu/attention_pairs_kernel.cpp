@@ -131,18 +131,21 @@ void pack_panels(const PackPanels& args, int64_t task) {
 }  // namespace
 
 void attention_fwd(const AttentionForward& args, int64_t begin, int64_t end) {
-  const MultiplierScope scope;
-  for (int64_t task = begin; task < end; ++task) forward<PairProducts>(args, task);
+  with_tiles([&] {
+    for (int64_t task = begin; task < end; ++task) forward<PairProducts>(args, task);
+  });
 }
 
 void attention_bwd(const AttentionBackward& args, int64_t begin, int64_t end) {
-  const MultiplierScope scope;
-  for (int64_t task = begin; task < end; ++task) backward<PairProducts>(args, task);
+  with_tiles([&] {
+    for (int64_t task = begin; task < end; ++task) backward<PairProducts>(args, task);
+  });
 }
 
 void attention_mask_gradient(const MaskGradient& args, int64_t begin, int64_t end) {
-  const MultiplierScope scope;
-  for (int64_t task = begin; task < end; ++task) mask_gradient<PairProducts>(args, task);
+  with_tiles([&] {
+    for (int64_t task = begin; task < end; ++task) mask_gradient<PairProducts>(args, task);
+  });
 }
 
 void attention_pack_panels(const PackPanels& args, int64_t begin, int64_t end) {

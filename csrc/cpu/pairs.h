@@ -13,11 +13,12 @@
 
 namespace pyllm::PYLLM_ISA {
 
-// What a thread holds while it multiplies.
-#if defined(__AMX_BF16__)
-using MultiplierScope = TileScope;
-#else
-struct [[maybe_unused]] MultiplierScope {};
+#if !defined(__AMX_BF16__)
+// body(); products by lanes need nothing set up.
+template <class Body>
+[[gnu::always_inline]] inline void with_tiles(Body&& body) {
+  body();
+}
 #endif
 
 // B has whole panels of rows, and 0 beyond the depth.

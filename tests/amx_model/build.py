@@ -1,4 +1,4 @@
-"""Links the CPU library with attention's AMX kernels compiled against the model of AMX in cpu/amx.h here."""
+"""Links the CPU library with its AMX kernels compiled against the model of AMX in cpu/amx.h here."""
 
 import importlib.util
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "build" / "native"
 BUILD = ROOT / "build" / "amx_model"
-MODELLED = ("attention.o", "attention_pairs_kernel.amx.o")  # the binding too, since it asks for the instruction set
+MODELLED = re.compile(r"attention(_decode)?\.o|\w+\.amx\.o")  # the bindings too, since they ask for the instruction set
 
 
 def why_not() -> str | None:
@@ -27,7 +27,7 @@ def build() -> Path:
     )
     compiled, rest = text.split("build libpyllm_cpu.so: link ")
     linked = rest[: rest.index("\nbuild ")].replace("$\n", "")
-    linked = re.sub(r"\S+\.o\b", lambda o: o[0] if o[0] in MODELLED else str(NATIVE / o[0]), linked)
+    linked = re.sub(r"\S+\.o\b", lambda o: o[0] if MODELLED.fullmatch(o[0]) else str(NATIVE / o[0]), linked)
     (BUILD / "build.ninja").write_text(f"{compiled}build model.so: link {linked}\n")
     command = [sys.executable, "-m", "ninja", "-C", str(BUILD), "model.so"]
     made = subprocess.run(command, capture_output=True, text=True)

@@ -1,5 +1,5 @@
 // csrc/cpu/amx.h in C++, for processors without AMX: the same functions, as the pseudocode of the instruction set
-// reference computes. Misuse aborts: a tile used outside of a scope, or before anything was put into it.
+// reference computes. Misuse aborts: a tile used outside of with_tiles, or read before anything was put into it.
 #pragma once
 
 #include <cmath>
@@ -34,23 +34,21 @@ struct TileModel {
     return words[tile];
   }
   auto& overwrite(int tile) {
-    expect(configured, "a tile is written outside of a scope");
+    expect(configured, "a tile is written before the tiles are set up");
     defined[tile] = true;
     return words[tile];
   }
 };
 
-class TileScope {
- public:
-  TileScope() {
-    TileModel& model = TileModel::of_thread();
-    model.expect(!model.configured, "a scope within a scope");
-    model = TileModel{};
-    model.configured = true;
-  }
-  ~TileScope() { TileModel::of_thread().configured = false; }
-  TileScope(const TileScope&) = delete;
-};
+template <class Body>
+void with_tiles(Body&& body) {
+  TileModel& model = TileModel::of_thread();
+  model.expect(!model.configured, "tiles are set up twice");
+  model = TileModel{};
+  model.configured = true;
+  body();
+  model.configured = false;
+}
 
 template <int tile>
 void tile_zero() {
