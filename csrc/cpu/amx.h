@@ -30,7 +30,7 @@ inline bool request_tiles() {
 // body(), with all eight tiles at their full size. Afterwards they are as the thread had set them: other libraries take
 // the tiles for as they left them.
 template <class Body>
-void with_tiles(Body&& body) {
+[[gnu::always_inline]] inline void with_tiles(Body&& body) {
   alignas(64) unsigned char full[64] = {1},
                             before[64];  // palette 1; from byte 16 on bytes of a row, from byte 48 on rows
   for (int tile = 0; tile < 8; ++tile) {

@@ -1,7 +1,7 @@
 // Products of bf16 matrices by the instructions that multiply pairs of neighbours along the depth and add both products
-// to a lane of fp32: vdpbf16ps (32 multiplications a lane of A's, register-blocked as in gemm.h) or AMX's tdpbf16ps
-// (tiles of 16 x 16 x 32). Both take A in rows and B as words, a word being a pair. Include it only from
-// *_pairs_kernel.cpp. Both take subnormal numbers for 0, and round no product.
+// in fp32: vdpbf16ps, register-blocked as in gemm.h, or AMX's tdpbf16ps on tiles, 2 x 2 of them at a time. Both take A
+// in rows, and B as words, a word being a pair; for both, subnormal numbers are 0. Include it only from
+// *_pairs_kernel.cpp.
 #pragma once
 
 #include "cpu/attention.h"
