@@ -151,7 +151,7 @@ def test_checkpointing_changes_no_bit(save):
     assert_same(found, expected)
     x = arguments[0].requires_grad_()
     kept = saved_memory(lambda: checkpoint(layer, x, use_reentrant=False), "cpu")
-    assert kept <= torch.get_rng_state().nbytes
+    assert kept <= torch.get_rng_state().nbytes + x.nbytes
 
 
 @pytest.mark.parametrize("save", PLANS)
