@@ -22,6 +22,10 @@ using f16 = __half;
 
 static_assert(kLargestCluster <= kPortableCluster);
 
+inline constexpr float kInfinity = __builtin_inff();
+inline constexpr float kLargest = 3.4e38f;
+inline constexpr float kLog2E = 1.4426950408889634f;
+
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(bf16 value) { return __bfloat162float(value); }
 __device__ inline float to_float(f16 value) { return __half2float(value); }

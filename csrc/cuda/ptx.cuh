@@ -185,6 +185,13 @@ __device__ __forceinline__ void store_remote(Shared<T> shared, int64_t index, in
   remote(shared, index, rank) = value;
 }
 
+// The same number, of which the compiler does not know that: what follows from it is computed where it stands, and not
+// kept in registers from before a loop.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // --- asynchronous copies to shared memory and tensor cores, since sm_80 ---
 
 namespace detail {

@@ -35,9 +35,6 @@ struct SoftmaxBackward {
   bool log;
 };
 
-inline constexpr float kInfinity = __builtin_inff();
-inline constexpr float kLog2E = 1.4426950408889634f;
-
 // Of a T: 16 bits do not show what the quick way loses.
 template <class T>
 __device__ inline float exponential(float x) {

@@ -236,6 +236,8 @@ inline float log2_approx(float x) { return detail::approximate(std::log2(double{
 inline float reciprocal_approx(float x) { return detail::approximate(1 / double{detail::flushed(x)}, x, 0x1p-23); }
 inline float rsqrt_approx(float x) { return detail::approximate(1 / std::sqrt(double{detail::flushed(x)}), x); }
 
+inline int opaque(int value) { return value; }
+
 // --- launches ---
 
 using Stream = void*;
