@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) csrc/cuda/instances.py
 
 .PHONY: help install demo test bench lint format check-triton check-cuda gpu wheel lock clean
 

@@ -6,12 +6,14 @@ Without a C++ compiler the package installs without this part, without nvcc of C
 PyTorch has CUDA, or the machine a GPU, makes no difference to the build.
 
 Environment: CXX, the C++ compiler. PYLLM_CUDA=1 demands the CUDA kernels, 0 leaves them out. PYLLM_CUDA_ARCHS: the
-architectures to compile them for instead of all, such as "90a" or "80,86".
+architectures to compile them for instead of all, such as "90a" or "80,86". PYLLM_CUDA_HEAD_DIMS, for development:
+the head_dims to compile attention for instead of all, such as "64".
 """
 
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -33,6 +35,7 @@ LIBRARY = "libpyllm_cpu.so"
 CUDA_LIBRARY = "libpyllm_cuda.so"
 # PyTorch's builds for CUDA 13 have loaded it before: one runtime in the process, and one current device.
 CUDA_RUNTIME = "libcudart.so.13"
+INSTANCES = runpy.run_path(str(ROOT / "csrc" / "cuda" / "instances.py"))
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -74,6 +77,27 @@ def cuda_architectures() -> list[str]:
     return [f"sm_{a}" for a in re.split(r"[,; ]+", asked)] if asked else ["sm_80", "sm_90a", "sm_100a", "compute_100"]
 
 
+def cuda_head_dims() -> list[int]:
+    """Those that kernels are compiled for, ascending."""
+    known = INSTANCES["HEAD_DIMS"]
+    asked = os.environ.get("PYLLM_CUDA_HEAD_DIMS")
+    dims = sorted(int(dim) for dim in re.split(r"[,; ]+", asked)) if asked else list(known)
+    if not set(dims) <= set(known):
+        raise SystemExit(f"pyllm: PYLLM_CUDA_HEAD_DIMS must be some of {known}, got {asked}")
+    return dims
+
+
+def cuda_instances() -> list[Path]:
+    """The units of instances.py, written to BUILD where they differ from what is there."""
+    units = []
+    for name, text in INSTANCES["instances"](cuda_head_dims()).items():
+        unit = BUILD / f"{name}.cu"
+        if not unit.exists() or unit.read_text() != text:
+            unit.write_text(text)
+        units.append(unit)
+    return units
+
+
 def cuda_runtime_folder(nvcc: Path) -> Path:
     """Where the toolkit of this nvcc keeps CUDA_RUNTIME."""
     told = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
@@ -113,17 +137,21 @@ def write_ninja_file(cxx: str, nvcc: Path | None) -> list[str]:
         products = [LIBRARY, MODULE]
         architectures = ",".join(cuda_architectures()) if nvcc else ""
         facts = f'-DPYLLM_CUDA_ARCHITECTURES=\\"{architectures}\\"'
+        facts += f' -DPYLLM_CUDA_HEAD_DIMS=\\"{",".join(map(str, cuda_head_dims()))}\\"'
         if nvcc:  # first, since it takes longest
             products.append(CUDA_LIBRARY)
             ninja.variable("nvcc", str(nvcc))
-            ninja.variable("nvccflags", f"-std=c++20 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden {facts}")
+            ninja.variable("nvccflags", "-std=c++20 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden")
             for architecture in cuda_architectures():
                 virtual = architecture.replace("sm_", "compute_")
                 ninja.variable("nvccflags", f"$nvccflags -gencode arch={virtual},code={architecture}")
-            command = "$nvcc $nvccflags $torch -DUSE_CUDA -MD -MF $out.d -c $in -o $out"
+            command = "$nvcc $nvccflags $facts $torch -DUSE_CUDA -MD -MF $out.d -c $in -o $out"
             ninja.rule("compile_cuda", command, depfile="$out.d", deps="gcc", description="$out")
-            sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-            objects = [ninja.build(f"{s.stem}.cuda.o", "compile_cuda", str(s))[0] for s in sources]
+            objects = []
+            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+                objects += ninja.build(f"{source.stem}.cuda.o", "compile_cuda", str(source), variables={"facts": facts})
+            for source in cuda_instances():  # which do not depend on the facts; the shortest last
+                objects += ninja.build(f"{source.stem}.cuda.o", "compile_cuda", str(source))
             libraries = f"-L{cuda_runtime_folder(nvcc)} -l:{CUDA_RUNTIME} -L{torch_root / 'lib'} -ltorch_cpu"
             ninja.build(CUDA_LIBRARY, "link", objects, variables={"flags": libraries})
 

@@ -9,6 +9,7 @@
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cuda/architectures.h"
+#include "cuda/shared_memory.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts of pyllm's compiled part and of this processor.";
@@ -28,6 +29,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_serves", [](int capability) { return pyllm::cuda::any_serves(PYLLM_CUDA_ARCHITECTURES, capability); },
       "Whether one of them runs on a device of this capability, 10 * major + minor.", pybind11::arg("capability"));
+  m.def(
+      "cuda_shared_memory", pyllm::cuda::shared_memory,
+      "(kernel, head_dim, bytes of dynamic shared memory a block) of the CUDA kernels that are templates of head_dim.");
   m.def(
       "attention_tile", [] { return std::pair(pyllm::kQueryBlock, pyllm::kKeyBlock); },
       "Queries and keys of a tile of attention's scores on the CPU.");

@@ -1,6 +1,8 @@
 """The gate of `make check-cuda`: what it reads from the compiler's output, and what it refuses."""
 
 import importlib.util
+import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,8 @@ specification = importlib.util.spec_from_file_location("check_cuda", FILE)
 check_cuda = importlib.util.module_from_spec(specification)
 sys.modules["check_cuda"] = check_cuda
 specification.loader.exec_module(check_cuda)
+
+TABLE = {("attention_forward", 64): 32768}
 
 SYMBOL = "_ZN5pyllm4cuda17norm_forward_heldI13__nv_bfloat16fLb1ELb0EEEvNS0_11NormForwardE"
 
@@ -57,7 +61,7 @@ SASS = f"""
 
 
 def parsed(stack: int = 0):
-    return check_cuda.parse(RESOURCES.replace("STACK_BYTES", str(stack)), SASS)
+    return check_cuda.parse(RESOURCES.replace("STACK_BYTES", str(stack)), SASS, {})
 
 
 def test_what_is_read():
@@ -81,17 +85,98 @@ def test_a_planted_spill_is_refused():
 
 def test_what_else_is_refused():
     row, _ = parsed()
-    assert "no 128-bit" in check_cuda.verdict(replace(row, stores=0))
-    assert "no 128-bit" in check_cuda.verdict(replace(row, loads=0))
+    assert check_cuda.verdict(replace(row, stores=0)) == "has no 128-bit stores"
+    assert check_cuda.verdict(replace(row, loads=0)) == "has no 128-bit loads"
     assert check_cuda.verdict(replace(row, kernel="column_sum", loads=0)) is None
     assert "only 4 registers" in check_cuda.verdict(replace(row, registers=4))
+
+
+def attention(dim: int = 64, body: str = "", kernel: str = "17attention_forward"):
+    """The row of a kernel of tensor cores, whose loop is from 0x100 to 0x150."""
+    symbol = f"_ZN5pyllm4cuda{kernel}I6__halfLi{dim}ELb1EEEvNS0_16AttentionForwardE"
+    loop = (
+        body
+        or """
+        /*0100*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR8][R4.64] ;  /* 0x0000000c04007986 */
+        /*0110*/                   LDSM.16.M88.4 R8, [R3] ;                      /* 0x0000000c04007986 */
+        /*0120*/                   HMMA.16816.F32 R4, R8, R12, R4 ;              /* 0x0000000c04007986 */"""
+    )
+    sass = f"""
+\tcode for sm_80
+\t\tFunction : {symbol}
+        /*0030*/              @!P6 BRA 0x200 ;                             /* 0x000000000038e947 */
+{loop}
+        /*0150*/               @P0 BRA 0x100 ;                             /* 0xfffffffc00fc8947 */
+        /*0160*/                   EXIT ;                                  /* 0x000000000000794d */
+        /*0170*/                   BRA 0x170 ;                             /* 0xfffffffc00fc7947 */
+"""
+    resources = f"""
+arch = sm_80
+ Function {symbol}:
+  REG:128 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:520
+"""
+    (row,) = check_cuda.parse(resources, sass, TABLE)
+    return row
+
+
+def test_attention_is_on_tensor_cores():
+    row = attention()
+    assert (row.kernel, row.dtypes, row.head_dim, row.dynamic) == ("attention_forward", "fp16", 64, 32768)
+    assert (row.products, row.copies, row.matrices) == (1, 1, 1) and check_cuda.verdict(row) is None
+    assert attention(96).dynamic == 0 and "cuda/shared_memory.h does not tell" in check_cuda.verdict(attention(96))
+    assert "more than some devices have" in check_cuda.verdict(replace(row, dynamic=(99 << 10) + 1))
+    assert check_cuda.verdict(replace(row, dynamic=99 << 10)) is None
+
+
+@pytest.mark.parametrize("gone, message", [("HMMA", "tensor cores"), ("LDGSTS", "asynchronous"), ("LDSM", "matrices")])
+def test_planted_loops_without_what_makes_them_fast_are_refused(gone, message):
+    loop = """
+        /*00f0*/                   {gone} R8, R4 ;
+        /*0100*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR8][R4.64] ;
+        /*0110*/                   LDSM.16.M88.4 R8, [R3] ;
+        /*0120*/                   HMMA.16816.F32 R4, R8, R12, R4 ;"""
+    head, _, rest = loop.partition("{gone}")
+    elsewhere = f"{head}{gone}{rest.replace(gone, 'NOP')}"  # before the loop only
+    assert message in check_cuda.verdict(attention(body=elsewhere))
+    assert check_cuda.verdict(attention(body=loop.format(gone=gone))) is None
+
+
+def test_only_attention_of_large_head_dims_may_spill():
+    spilling = replace(attention(), stack=8)
+    assert "spills" in check_cuda.verdict(spilling)
+    assert "spills" in check_cuda.verdict(replace(spilling, head_dim=128))
+    assert check_cuda.verdict(replace(spilling, head_dim=192)) is None
+    decode = replace(spilling, kernel="attention_decode_split", head_dim=256, loads=1, stores=1)
+    assert check_cuda.verdict(replace(decode, kernel="attention_decode_append", stack=0, loads=0)) is None
+    assert "spills" in check_cuda.verdict(decode) and check_cuda.verdict(replace(decode, stack=0)) is None
 
 
 def test_a_line_is_the_worst_of_its_instances():
     row, other = parsed()
     instance = replace(row, registers=99, stack=8, loads=7, stores=0)
-    (line, _) = check_cuda.worst([row, other, instance])
+    line, _, wide = check_cuda.worst([row, other, replace(row, head_dim=64), instance])
+    assert wide.head_dim == 64
     assert (line.registers, line.stack, line.loads, line.stores, line.instances) == (99, 8, 1, 0, 2)
+
+
+def test_a_call_without_its_instance_is_found(tmp_path, monkeypatch):
+    template = "template <int D> void run(); void go() { run<64>(); } template <> void run<32>() {}"
+    source = f"namespace pyllm::cuda {{ {template} }}"
+    library = tmp_path / "library.so"
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    subprocess.run(command, input=source, text=True, check=True)
+    monkeypatch.setattr(check_cuda, "LIBRARY", library)
+    assert check_cuda.without_instance() == ["void pyllm::cuda::run<64>()"]
+
+
+def test_a_unit_for_each_head_dim():
+    instances = runpy.run_path(str(FILE.parent / "instances.py"))["instances"]
+    units = instances((32, 256))
+    assert next(iter(units)).endswith("_256") and len(units) == len(set(units.values())) > 1
+    source = units["attention_decode_split_float_bf16_f16_32"]
+    assert source.startswith('#include "cuda/attention_decode_split.cuh"\n')
+    assert source.count("\ntemplate void decode_split<") == 3 and "decode_split<bf16, 32>(" in source
+    assert set(units) < set(instances())
 
 
 @pytest.mark.parametrize("stack, missing", [(0, False), (16, False), (0, True)])
@@ -104,8 +189,10 @@ def test_exit_status_and_table(stack, missing, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(check_cuda, "nvcc_folder", lambda: tmp_path)
     monkeypatch.setattr(check_cuda, "build", lambda nvcc: None)
     monkeypatch.setattr(check_cuda, "cuobjdump", lambda option: sass if option == "-sass" else resources)
+    monkeypatch.setattr(check_cuda, "dynamic_shared", dict)
+    monkeypatch.setattr(check_cuda, "without_instance", list)
     table = tmp_path / "table.md"
     assert check_cuda.main(["--out", str(table)]) == int(bool(stack) or missing)
-    assert f"| norm_forward_held | bf16 fp32 | sm_80 | 1 | 64 | {stack} | 0 | 1 | 1 |" in table.read_text()
+    assert f"| norm_forward_held | bf16 fp32 |  | sm_80 | 1 | 64 | {stack} | 0 |  | 1 | 1 |" in table.read_text()
     told = capsys.readouterr().err
     assert ("sm_80: spills" in told) == bool(stack) and ("sm_100a was not compiled" in told) == missing

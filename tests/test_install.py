@@ -67,6 +67,13 @@ def test_cuda_kernels_that_cannot_be_built_are_an_error(tmp_path, demand, nvcc, 
     assert message in result.stderr
 
 
+def test_a_head_dim_without_kernels_is_an_error(tmp_path):
+    command = (str(ROOT / "setup.py"), "-q", "build_ext", "--build-lib", str(tmp_path))
+    result = run(*command, cwd=ROOT, PYLLM_CUDA_HEAD_DIMS="64,80")
+    assert result.returncode != 0
+    assert "PYLLM_CUDA_HEAD_DIMS must be some of (32, 64, 96, 128, 192, 256), got 64,80" in result.stderr
+
+
 def test_architectures_of_the_binary():
     from pyllm import _C
 

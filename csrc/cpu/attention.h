@@ -4,6 +4,7 @@
 #include "cpu/isa.h"
 #include "dropout.h"
 #include "dtype.h"
+#include "heads.h"
 
 namespace pyllm {
 
@@ -13,16 +14,6 @@ inline constexpr int kKeyBlock = 256;
 
 // A row of head_dim elements in the kernels' own buffers is padded to a multiple of this many bytes.
 inline constexpr int64_t kRowBytes = 64;
-
-// (B, H, S, D) with strides in elements; the last dimension is contiguous.
-struct Heads {
-  Array data;
-  int64_t batch = 0, head = 0, row = 0;
-  template <class T>
-  T* at(int64_t b, int64_t h, int64_t s) const {
-    return data.as<T>() + b * batch + h * head + s * row;
-  }
-};
 
 // (sequences, H, Sq, Sk), strides 0 where the mask has size 1; the column's is 0 or 1.
 struct ScoreMask {

@@ -2,10 +2,10 @@
 #include "cpu/attention_decode.h"
 
 #include <algorithm>
-#include <tuple>
 #include <vector>
 
 #include "cpu/attention_binding.h"
+#include "decode_operators.h"
 
 namespace pyllm {
 namespace {
@@ -17,11 +17,7 @@ constexpr int64_t kPieceUnit = 16;
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-const int32_t* integers(const Tensor& t, int64_t rows) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.dim() > 0 && t.size(0) == rows,
-                  "pyllm: decoding's cache_seqlens and block_table must be contiguous int32, a row for each sequence");
-  return static_cast<const int32_t*>(t.data_ptr());
-}
+const int32_t* integers(const Tensor& t) { return static_cast<const int32_t*>(t.data_ptr()); }
 
 // Raises unless each sequence's keys, `added` more than in the cache, have their place in it.
 void check_places(const AttentionDecode& args, const int32_t* lengths, int64_t batch, int64_t pages, int64_t added) {
@@ -58,100 +54,63 @@ std::vector<DecodePiece> pieces_of(const AttentionDecode& args, std::vector<Deco
   return pieces;
 }
 
-std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& query_in, Tensor key_cache, Tensor value_cache,
-                                                const Tensor& cache_seqlens_in, const OptionalTensor& block_table_in,
-                                                const OptionalTensor& key_in, const OptionalTensor& value_in,
-                                                const OptionalTensor& cos, const OptionalTensor& sin,
-                                                const OptionalTensor& distance_bias, const OptionalTensor& slopes,
-                                                double scale, double softcap, int64_t left, int64_t right,
-                                                bool interleaved) {
-  const Tensor query = with_contiguous_rows(query_in), cache_seqlens = as_contiguous(cache_seqlens_in);
-  const OptionalTensor block_table = as_contiguous(block_table_in);
-  const int64_t batch = query.size(0), heads = query.size(1), added = query.size(2), dim = query.size(3);
-  const int64_t pages = key_cache.size(0), kv_heads = key_cache.size(1), page_size = key_cache.size(2);
-  for (const Tensor& cache : {key_cache, value_cache}) {
-    STD_TORCH_CHECK(cache.dim() == 4 && cache.scalar_type() == query.scalar_type() && cache.size(0) == pages &&
-                        cache.size(1) == kv_heads && cache.size(2) == page_size && cache.size(3) == dim,
-                    "pyllm: decoding's caches must have query's dtype and head_dim, and one shape");
-    STD_TORCH_CHECK(cache.stride(3) == 1 || dim == 1, "pyllm: decoding's caches must have contiguous rows");
+void decode(const DecodeCall& call) {
+  AttentionDecode args{.query = heads_of(call.query),
+                       .key_cache = heads_of(call.key_cache),
+                       .value_cache = heads_of(call.value_cache),
+                       .table_row = call.block_table.has_value() ? call.block_table->size(1) : 1,
+                       .page_size = call.page_size,
+                       .heads = call.heads,
+                       .kv_heads = call.kv_heads,
+                       .added = call.queries,
+                       .dim = call.dim,
+                       .scale = call.scale,
+                       .softcap = call.softcap,
+                       .left = call.left,
+                       .right = call.right,
+                       .out = heads_of(call.out),
+                       .lse = call.lse.data_ptr()};
+  if (call.key.has_value()) {
+    args.key = heads_of(*call.key);
+    args.value = heads_of(*call.value);
   }
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && (block_table.has_value() || pages == batch),
-                  "pyllm: decoding's caches must have heads that divide query's, and a sequence for each of query's");
-  OptionalTensor key = key_in, value = value_in;
-  for (OptionalTensor* appended : {&key, &value}) {
-    STD_TORCH_CHECK(appended->has_value() == key.has_value(), "pyllm: decoding appends both key and value, or neither");
-    if (!appended->has_value()) continue;
-    const Tensor& t = **appended;
-    STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == query.scalar_type() && t.size(0) == batch &&
-                        t.size(1) == kv_heads && t.size(2) == added && t.size(3) == dim,
-                    "pyllm: decoding's key and value must be (B, Hkv, Sn, D)");
-    *appended = with_contiguous_rows(t);
-  }
-
-  Tensor out = new_like(query);
-  const ScalarType statistics = statistics_type(query);
-  Tensor lse = uninitialised(query, {batch, heads, added}, statistics);
-  AttentionDecode args{.query = heads_of(query),
-                       .key_cache = heads_of(key_cache),
-                       .value_cache = heads_of(value_cache),
-                       .table_row = block_table.has_value() ? block_table->size(1) : 1,
-                       .page_size = page_size,
-                       .heads = heads,
-                       .kv_heads = kv_heads,
-                       .added = added,
-                       .dim = dim,
-                       .scale = scale,
-                       .softcap = softcap,
-                       .left = left,
-                       .right = right,
-                       .out = heads_of(out),
-                       .lse = lse.data_ptr()};
-  if (key.has_value()) {
-    args.key = heads_of(*key);
-    args.value = heads_of(*value);
-  }
-  if (block_table.has_value()) args.block_table = integers(*block_table, batch);
-  const int32_t* lengths = integers(cache_seqlens, batch);
-  const int64_t appended = key.has_value() ? added : 0;
-  check_places(args, lengths, batch, pages, appended);
+  if (call.block_table.has_value()) args.block_table = integers(*call.block_table);
+  const int32_t* lengths = integers(call.cache_seqlens);
+  check_places(args, lengths, call.batch, call.pages, call.added);
   std::vector<DecodeSequence> sequences;
   int64_t longest = 0;
-  for (int64_t i = 0; i < batch; ++i) {
-    sequences.push_back({.keys = lengths[i] + appended});
+  for (int64_t i = 0; i < call.batch; ++i) {
+    sequences.push_back({.keys = lengths[i] + call.added});
     longest = std::max(longest, sequences.back().keys);
   }
-  if (cos.has_value()) {
-    for (const OptionalTensor& table : {cos, sin}) {
-      STD_TORCH_CHECK(table.has_value() && table->scalar_type() == statistics && table->is_contiguous() &&
-                          table->dim() == 2 && table->size(0) >= longest && table->size(1) == cos->size(1) &&
-                          2 * table->size(1) <= dim,
-                      "pyllm: decoding's cos and sin must be (positions, R / 2), contiguous, of the statistics type");
-    }
-    args.rotary = {array(cos), array(sin), cos->size(1), interleaved};
+  if (call.cos.has_value()) {
+    call.check_rotary(longest);
+    args.rotary = {array(call.cos), array(call.sin), call.cos->size(1), call.interleaved};
   }
-  args.biases = distance_biases(query, distance_bias, slopes, longest + added);
+  args.biases = distance_biases(call.query, call.distance_bias, call.slopes, longest + call.queries);
   const std::vector<DecodePiece> pieces = pieces_of(args, sequences);
   const int64_t piece_count = static_cast<int64_t>(pieces.size());
-  Tensor partial_out = uninitialised(query, {piece_count, heads, added, padded_width(query)}, statistics);
-  Tensor partial_lse = uninitialised(query, {piece_count, heads, added}, statistics);
+  const ScalarType statistics = statistics_type(call.query);
+  Tensor partial_out =
+      uninitialised(call.query, {piece_count, call.heads, call.queries, padded_width(call.query)}, statistics);
+  Tensor partial_lse = uninitialised(call.query, {piece_count, call.heads, call.queries}, statistics);
   args.sequences = sequences.data();
   args.pieces = pieces.data();
   args.partial_out = partial_out.data_ptr();
   args.partial_lse = partial_lse.data_ptr();
 
-  if (key.has_value()) {
-    const int64_t rows = batch * kv_heads * added;
-    run_tasks(pick_attention_decode_append(), args, rows, rows * dim);
+  if (call.key.has_value()) {
+    const int64_t rows = call.batch * call.kv_heads * call.added;
+    run_tasks(pick_attention_decode_append(), args, rows, rows * call.dim);
   }
   int64_t keys = 0;
   for (const DecodePiece& piece : pieces) keys += piece.end - piece.begin;
-  run_tasks(pick_attention_decode(), args, piece_count * kv_heads, keys * kv_heads * dim);
-  run_tasks(pick_attention_decode_merge(), args, lse.numel(), partial_out.numel());
-  return {out, lse};
+  run_tasks(pick_attention_decode(), args, piece_count * call.kv_heads, keys * call.kv_heads * call.dim);
+  run_tasks(pick_attention_decode_merge(), args, call.lse.numel(), partial_out.numel());
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyllm, CPU, m) { m.impl("attention_decode_fwd", TORCH_BOX(&attention_decode_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(pyllm, CPU, m) { DecodeOperators<decode>::implement(m); }
 
 }  // namespace pyllm

@@ -1,4 +1,4 @@
-// What the row kernels share: chunks of 16 bytes, conversions, teams of threads and their reductions.
+// What the kernels share: conversions, exponentials, chunks of 16 bytes, teams of threads and their reductions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,10 +22,6 @@ using f16 = __half;
 
 static_assert(kLargestCluster <= kPortableCluster);
 
-inline constexpr float kInfinity = __builtin_inff();
-inline constexpr float kLargest = 3.4e38f;
-inline constexpr float kLog2E = 1.4426950408889634f;
-
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(bf16 value) { return __bfloat162float(value); }
 __device__ inline float to_float(f16 value) { return __half2float(value); }
@@ -40,6 +36,22 @@ __device__ inline T from_float(float value) {
     return value;
   }
 }
+
+// --- softmax ---
+
+inline constexpr float kInfinity = __builtin_inff();
+inline constexpr float kLargest = 3.4e38f;
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+// Of a T: 16 bits do not show what the quick way loses.
+template <class T>
+__device__ inline float exponential(float x) {
+  if constexpr (std::is_same_v<T, float>) return expf(x);
+  return exp2_approx(x * kLog2E);
+}
+
+// A maximum to subtract from scores: 0 where there are none.
+__device__ inline float finite_peak(float peak) { return peak == -kInfinity ? 0.0f : peak; }
 
 // --- chunks: E neighbouring elements of a row ---
 

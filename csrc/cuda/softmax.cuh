@@ -35,16 +35,6 @@ struct SoftmaxBackward {
   bool log;
 };
 
-// Of a T: 16 bits do not show what the quick way loses.
-template <class T>
-__device__ inline float exponential(float x) {
-  if constexpr (std::is_same_v<T, float>) return expf(x);
-  return exp2_approx(x * kLog2E);
-}
-
-// A maximum to subtract from scores: 0 where there are none.
-__device__ inline float finite_peak(float peak) { return peak == -kInfinity ? 0.0f : peak; }
-
 // Blocks that a processor is to hold, so that their threads keep to 64 registers.
 template <class T, bool SINGLE>
 inline constexpr int kResident = SINGLE ? 8 : 1024 / kRowThreads<T>;

@@ -143,6 +143,25 @@ def attention_decode_fwd(*args: DecodeCall) -> tuple[Tensor, Tensor]:  # out, ls
     return merged_heads(query), query.new_empty(query.shape[:3], dtype=statistics_type(query))
 
 
+QUERIES_IN_CUDA = 16  # of a key head: beyond, products are for tensor cores, which Triton's kernel is on
+
+
+def _unfit_for_native(*args) -> str | None:
+    call = DecodeCall(*args)
+    if call.query.is_cpu:
+        return None
+    queries = call.query.shape[1] // call.key_cache.shape[1] * call.query.shape[2]
+    if queries > QUERIES_IN_CUDA:
+        return f"its CUDA C++ kernel is for up to {QUERIES_IN_CUDA} queries of a key head, and these are {queries}"
+    step, traced = 16 // call.query.element_size(), torch.compiler.is_compiling()
+    for name, cache in (("key_cache", call.key_cache), ("value_cache", call.value_cache)):
+        # Dynamo does not know where a view begins; the kernel's binding looks again.
+        places = (cache.shape[3], *cache.stride()[:3], 0 if traced else cache.storage_offset())
+        if cache.stride(3) != 1 or any(place % step for place in places):
+            return f"its CUDA C++ kernel reads 16 bytes at once, and rows of {name} do not begin at multiples of that"
+    return None
+
+
 def _no_kernel(*_) -> str:
     return "PyTorch has no kernel that reads a cache in place"
 
@@ -150,8 +169,11 @@ def _no_kernel(*_) -> str:
 ATTENTION_DECODE = Operator(
     "attention_decode",
     {
-        name: Implementation(kernel, kernel=named_kernel(name, kernel, None))
-        for name, kernel in (("native", attention_decode_fwd.native), ("triton", attention_decode_fwd.triton))
+        name: Implementation(kernel, unfit, kernel=named_kernel(name, kernel, None))
+        for name, kernel, unfit in (
+            ("native", attention_decode_fwd.native, _unfit_for_native),
+            ("triton", attention_decode_fwd.triton, None),
+        )
         if kernel is not None
     }
     | {
