@@ -31,6 +31,7 @@ class AttentionKernels:
     """The operators of csrc/library.cpp for attention."""
 
     model: Model
+    processors: int = 2
     seed: int = 0
 
     @classmethod
@@ -69,3 +70,26 @@ class AttentionKernels:
         out, lse = nan_like(call.query), empty(call.query.shape[:3], torch.float32)
         self._run("attention_forward", call, strides_of(out), out, lse)
         return out, lse
+
+    def bwd(self, dout, dlse, out, lse, mask_gradient, bias_gradient, deterministic, *args):
+        call = AttentionCall(*args)
+        query, mask, bias = call.query, call.attn_mask, call.distance_bias
+        dquery, dkey, dvalue = (nan_like(x) for x in call[:3])
+        if dout.stride(-1) != 1 or any(n % 8 for n in strides_of(dout)):
+            dout = dout.contiguous()
+        dlse = contiguous(dlse)
+        rows = query.shape[:3].numel()
+        slots = call.key.shape[2] // 64 + 1 + query.shape[0] + (0 if call.cu_seqlens_q is None else call.cu_seqlens_q.numel())
+        shares, parts = 8 if deterministic else 1, query.shape[0] * slots
+        dmask = empty(mask.shape, mask.dtype) if mask_gradient else None
+        dbias = empty(bias.shape, bias.dtype) if bias_gradient else None
+        sums = (empty((rows, 2), torch.float32), torch.zeros(shares, rows, query.shape[3]))
+        dbias_sums = torch.zeros(parts, *bias.shape) if bias_gradient else None
+        columns, *broadcast = (dmask.shape[i] if mask_gradient else 1 for i in (3, 0, 1, 2))
+        numbers = [*strides_of(out), *strides_of(dout), rows, *strides_of(dkey), *strides_of(dvalue), columns, *broadcast]
+        arrays = (dout, dlse, out, lse, *sums, dbias_sums, dquery, dkey, dvalue, dmask, dbias)
+        self._run(
+            "attention_backward", call, numbers, *arrays, shares, parts, int(deterministic), self.processors
+        )
+        nothing = query.new_empty(0)
+        return dquery, dkey, dvalue, nothing if dmask is None else dmask, nothing if dbias is None else dbias

@@ -17,17 +17,6 @@
 
 namespace pyllm::cuda {
 
-template <int D, bool FULL>
-struct ForwardTile {
-  static constexpr int kQueries = forward_queries(D);
-  // What is added to scores takes registers, so that a warp has fewer queries then.
-  static constexpr int kRows = D <= 128 && !FULL ? 2 : 1;  // of 16 queries, of a warp
-  static constexpr int kWarps = kQueries / (kMatrix * kRows);
-  static constexpr int kThreads = kWarp * kWarps;
-  static constexpr int kSharedBytes = 2 * D * (kQueries + 2 * kKeyTile);
-  static_assert(kSharedBytes <= kSharedLimit);
-};
-
 // The softmax of a warp's rows so far: a thread has two of each 16, its sums are of its own columns.
 template <int M>
 struct OnlineSoftmax {
@@ -129,10 +118,10 @@ __device__ inline void drop_weights(const Dropout& dropout, uint32_t head, int f
 }
 
 template <class T, int D, bool FULL>
-__global__ void __launch_bounds__(ForwardTile<D, FULL>::kThreads, 1)
-    attention_forward_kernel(const __grid_constant__ AttentionForward args) {
-  using Sizes = ForwardTile<D, FULL>;
-  constexpr int M = Sizes::kRows, kQueries = Sizes::kQueries, kThreads = Sizes::kThreads;
+__global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
+    attention_forward_tile(const __grid_constant__ AttentionForward args) {
+  constexpr ForwardTile kTile = forward_tile(D, FULL);
+  constexpr int M = kTile.squares, kQueries = kTile.queries, kThreads = kTile.threads();
   const Attention& call = args.call;
   const int head = static_cast<int>(blockIdx.x) / args.slots;
   // Under causality, the rows with most keys first.
@@ -237,13 +226,13 @@ __global__ void __launch_bounds__(ForwardTile<D, FULL>::kThreads, 1)
 
 template <class T, int D, bool FULL>
 void attention_forward(AttentionForward args, Stream stream) {
-  using Sizes = ForwardTile<D, FULL>;
+  constexpr ForwardTile kTile = forward_tile(D, FULL);
   const Attention& call = args.call;
-  const int64_t slots = slots_of(call.count, call.sq, Sizes::kQueries, call.cu_q != nullptr);
+  const int64_t slots = slots_of(call.count, call.sq, kTile.queries, call.cu_q != nullptr);
   args.slots = static_cast<int>(slots);
   if (slots * call.heads > 0)
-    launch(attention_forward_kernel<T, D, FULL>,
-           {.grid = slots * call.heads, .block = Sizes::kThreads, .shared_bytes = Sizes::kSharedBytes}, stream, args);
+    launch(attention_forward_tile<T, D, FULL>,
+           {.grid = slots * call.heads, .block = kTile.threads(), .shared_bytes = kTile.shared_bytes(D)}, stream, args);
 }
 
 }  // namespace pyllm::cuda

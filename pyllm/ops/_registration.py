@@ -95,14 +95,17 @@ def on_kernels(
     fwd: Kernel,
     bwd: Kernel,
     tiles: Callable[..., str] | None = None,
+    unfit_for_native: Callable[..., str | None] | None = None,
 ) -> dict[str, Implementation]:
     """The implementations of an operator on its registered kernels, one for each kernel backend that there is.
 
     tiles(backend, *arguments of the operator) tells the tile sizes; without it the kernel takes whole rows.
+    unfit_for_native: why the compiled kernels cannot serve a call, or None.
     """
+    unfit = {"native": unfit_for_native}
     pairs = {"native": (fwd.native, bwd.native), "triton": (fwd.triton, bwd.triton)}
     return {
-        name: replace(make(*pair), kernel=named_kernel(name, pair[0], tiles))
+        name: replace(make(*pair), unfit=unfit.get(name), kernel=named_kernel(name, pair[0], tiles))
         for name, pair in pairs.items()
         if None not in pair
     }

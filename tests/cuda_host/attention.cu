@@ -1,5 +1,10 @@
-// The attention kernels for the host model: their host functions, for ctypes.
+// The attention kernels for the host model: their host functions, and how they deal out tiles, for ctypes.
+#define PYLLM_CUDA_HEAD_DIMS "32,64,96,128,192,256"
+#include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
+#include "cuda/attention_mask_gradient.cuh"
+#include "cuda/attention_rows.cuh"
+#include "cuda/head_dim.h"
 #include "cuda_host/executor.h"
 
 using namespace pyllm;
@@ -13,8 +18,8 @@ class Numbers {
   explicit Numbers(const int64_t* next) : next_(next) {}
   int64_t wide() { return *next_++; }
   int next() { return static_cast<int>(wide()); }
-  cuda::Heads heads(void* data, DType dtype) {
-    cuda::Heads heads{.data = {data, dtype}};
+  Heads heads(void* data, DType dtype) {
+    Heads heads{.data = {data, dtype}};
     heads.batch = wide();
     heads.head = wide();
     heads.row = wide();
@@ -57,18 +62,14 @@ struct Call {
 };
 
 // Calls body.operator()<T, D, FULL>() as the binding does.
-template <class T, class Body>
-void visit_dims(const cuda::Attention& call, Body&& body) {
-  const auto with = [&]<int D>() {
-    if (cuda::padded_dim(call.dim) == D)
-      call.is_full() ? body.template operator()<T, D, true>() : body.template operator()<T, D, false>();
-  };
-  with.template operator()<32>();
-  with.template operator()<64>();
-  with.template operator()<96>();
-  with.template operator()<128>();
-  with.template operator()<192>();
-  with.template operator()<256>();
+template <class Body>
+void visit(const Call& call, Body&& body) {
+  cuda::visit_head_dim(call.args.dim, [&]<int D>() {
+    const auto with = [&]<class T>() {
+      call.args.is_full() ? body.template operator()<T, D, true>() : body.template operator()<T, D, false>();
+    };
+    call.dtype == DType::f16 ? with.template operator()<f16>() : with.template operator()<bf16>();
+  });
 }
 
 }  // namespace
@@ -86,8 +87,70 @@ const char* attention_forward(CALL_PARAMETERS, void* out, float* lse) {
     Call call(CALL_ARGUMENTS);
     const cuda::AttentionForward args{
         .call = call.args, .out = call.numbers.heads(out, call.dtype), .lse = lse, .slots = 0};
-    const auto run = [&]<class T, int D, bool FULL>() { cuda::attention_forward<T, D, FULL>(args, nullptr); };
-    call.dtype == DType::f16 ? visit_dims<f16>(args.call, run) : visit_dims<bf16>(args.call, run);
+    visit(call, [&]<class T, int D, bool FULL>() { cuda::attention_forward<T, D, FULL>(args, nullptr); });
+  });
+}
+
+// statistics, dquery_sums and dbias_sums, of `room` shares and parts, are for what is between the kernels; the latter two
+// hold zeros.
+const char* attention_backward(CALL_PARAMETERS, void* dout, const float* dlse, void* out, const float* lse,
+                               void* statistics, float* dquery_sums, float* dbias_sums, void* dquery, void* dkey,
+                               void* dvalue, void* dmask, float* dbias, int64_t shares, int64_t parts,
+                               int64_t deterministic, int64_t processors) {
+  return cuda_host::reporting([&] {
+    Call call(CALL_ARGUMENTS);
+    const cuda::Attention& args = call.args;
+    const Heads of_out = call.numbers.heads(out, call.dtype), of_dout = call.numbers.heads(dout, call.dtype);
+    const int64_t rows = call.numbers.wide();  // of all batches and heads
+    auto* of_rows = static_cast<cuda::RowStatistics*>(statistics);
+    cuda::AttentionBackward backward{
+        .call = args,
+        .dout = of_dout,
+        .dkey = call.numbers.heads(dkey, call.dtype),
+        .dvalue = call.numbers.heads(dvalue, call.dtype),
+        .statistics = of_rows,
+        .dquery = dquery_sums,
+        .dquery_share = 0,
+        .dbias = dbias_sums,
+        .plan = cuda::plan_backward(args.count, args.sk, args.kv_heads, args.dim, args.cu_q != nullptr,
+                                    deterministic != 0, {.processors = static_cast<int>(processors)})};
+    const cuda::BackwardPlan& plan = backward.plan;
+    if (plan.shares > shares || plan.lines * plan.blocks > parts) throw std::runtime_error("more sums than room");
+    if (plan.shares > 1) backward.dquery_share = rows * args.dim;
+    const int columns = call.numbers.next();
+    const cuda::MaskGradient mask_gradient{.backward = backward,
+                                           .dmask = {dmask, args.mask.data.dtype},
+                                           .sequences = call.numbers.next(),
+                                           .heads = call.numbers.next(),
+                                           .rows = call.numbers.next(),
+                                           .columns = columns};
+    visit(call, [&]<class T, int D, bool FULL>() {
+      cuda::attention_delta<T>({.out = of_out,
+                                .dout = of_dout,
+                                .lse = lse,
+                                .dlse = dlse,
+                                .statistics = of_rows,
+                                .rows = rows,
+                                .heads = args.heads,
+                                .sq = args.sq,
+                                .dim = args.dim},
+                               nullptr);
+      cuda::attention_backward<T, D, FULL>(backward, nullptr);
+      cuda::attention_sum<T>({.addends = dquery_sums,
+                              .out = {dquery, call.dtype},
+                              .count = rows * args.dim,
+                              .number = plan.shares,
+                              .scale = args.scale},
+                             nullptr);
+      if (dmask != nullptr) cuda::attention_mask_gradient<T, D>(mask_gradient, nullptr);
+    });
+    if (dbias != nullptr)
+      cuda::attention_sum<float>({.addends = dbias_sums,
+                                  .out = {dbias, DType::f32},
+                                  .count = int64_t{args.heads} * args.distances,
+                                  .number = plan.lines * plan.blocks,
+                                  .scale = 1},
+                                 nullptr);
   });
 }
 
