@@ -41,14 +41,13 @@ struct AttentionOperators {
   }
 
   static AttentionGradients attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& out,
-                                          const Tensor& lse, bool mask_gradient, bool bias_gradient,
-                                          bool deterministic, const Tensor& query, const Tensor& key,
-                                          const Tensor& value, const OptionalTensor& mask,
-                                          const OptionalTensor& padding, const OptionalTensor& distance_bias,
-                                          const OptionalTensor& slopes, const OptionalTensor& cu_seqlens_q,
-                                          const OptionalTensor& cu_seqlens_k, const OptionalTensor& rng, double scale,
-                                          double softcap, double dropout_p, int64_t left, int64_t right,
-                                          bool bottom_right) {
+                                          const Tensor& lse, bool mask_gradient, bool bias_gradient, bool deterministic,
+                                          const Tensor& query, const Tensor& key, const Tensor& value,
+                                          const OptionalTensor& mask, const OptionalTensor& padding,
+                                          const OptionalTensor& distance_bias, const OptionalTensor& slopes,
+                                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                          const OptionalTensor& rng, double scale, double softcap, double dropout_p,
+                                          int64_t left, int64_t right, bool bottom_right) {
     return backward({{query, key, value, mask, padding, distance_bias, slopes, cu_seqlens_q, cu_seqlens_k, rng, scale,
                       softcap, dropout_p, left, right, bottom_right},
                      dout,

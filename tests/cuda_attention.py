@@ -58,12 +58,18 @@ class AttentionKernels:
             0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1],
             int(call.bottom_right),
             0 if mask is None else DTYPE[mask.dtype],
-            *([0] * 4 if mask is None else (0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))),
+            *(
+                [0] * 4
+                if mask is None
+                else (0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
+            ),
             *numbers,
         ]
         arrays = (contiguous(x) for x in (call.key_padding_mask, bias, slopes, call.cu_seqlens_q, call.cu_seqlens_k))
         tensors = (query, key, call.value, mask, *arrays, call.rng, torch.tensor(ints))
-        self.model.run(name, *tensors, float(call.scale), float(call.softcap), float(call.dropout_p), *own, seed=self.seed)
+        self.model.run(
+            name, *tensors, float(call.scale), float(call.softcap), float(call.dropout_p), *own, seed=self.seed
+        )
 
     def fwd(self, *args):
         call = AttentionCall(*args)
@@ -79,17 +85,28 @@ class AttentionKernels:
             dout = dout.contiguous()
         dlse = contiguous(dlse)
         rows = query.shape[:3].numel()
-        slots = call.key.shape[2] // 64 + 1 + query.shape[0] + (0 if call.cu_seqlens_q is None else call.cu_seqlens_q.numel())
+        slots = (
+            call.key.shape[2] // 64
+            + 1
+            + query.shape[0]
+            + (0 if call.cu_seqlens_q is None else call.cu_seqlens_q.numel())
+        )
         shares, parts = 8 if deterministic else 1, query.shape[0] * slots
         dmask = empty(mask.shape, mask.dtype) if mask_gradient else None
         dbias = empty(bias.shape, bias.dtype) if bias_gradient else None
         sums = (empty((rows, 2), torch.float32), torch.zeros(shares, rows, query.shape[3]))
         dbias_sums = torch.zeros(parts, *bias.shape) if bias_gradient else None
         columns, *broadcast = (dmask.shape[i] if mask_gradient else 1 for i in (3, 0, 1, 2))
-        numbers = [*strides_of(out), *strides_of(dout), rows, *strides_of(dkey), *strides_of(dvalue), columns, *broadcast]
+        numbers = [
+            *strides_of(out),
+            *strides_of(dout),
+            rows,
+            *strides_of(dkey),
+            *strides_of(dvalue),
+            columns,
+            *broadcast,
+        ]
         arrays = (dout, dlse, out, lse, *sums, dbias_sums, dquery, dkey, dvalue, dmask, dbias)
-        self._run(
-            "attention_backward", call, numbers, *arrays, shares, parts, int(deterministic), self.processors
-        )
+        self._run("attention_backward", call, numbers, *arrays, shares, parts, int(deterministic), self.processors)
         nothing = query.new_empty(0)
         return dquery, dkey, dvalue, nothing if dmask is None else dmask, nothing if dbias is None else dbias

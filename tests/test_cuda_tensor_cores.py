@@ -1,4 +1,4 @@
-"""The host model of tensor cores and asynchronous copies: fragments, matrices, groups, and the faults that it must find."""
+"""The host model of tensor cores and asynchronous copies, and the faults that it must find."""
 
 import pytest
 import torch
@@ -56,7 +56,9 @@ def test_fragments_of_a_product(samples, dtype):
     torch.testing.assert_close(out, (c + a.float() @ b.float())[c_row, c_column])
 
 
-@pytest.mark.parametrize("count, transposed, pitch, present", [(1, 0, 24, 32), (2, 1, 8, 32), (4, 1, 40, 32), (4, 0, 8, 7)])
+@pytest.mark.parametrize(
+    "count, transposed, pitch, present", [(1, 0, 24, 32), (2, 1, 8, 32), (4, 1, 40, 32), (4, 0, 8, 7)]
+)
 def test_matrices(samples, count, transposed, pitch, present):
     matrices(samples, 0, count, transposed, pitch, present)
 

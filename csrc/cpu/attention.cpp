@@ -143,10 +143,10 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& given) {
   for (const Sequence& sequence : call.sequences)
     for (int64_t index = blocks_of(sequence.sq) - 1; index >= 0; --index) blocks.push_back({&sequence, index});
   const AttentionForward tasks{.call = args,
-                                 .out = heads_of(out),
-                                 .lse = lse.data_ptr(),
-                                 .blocks = blocks.data(),
-                                 .block_count = static_cast<int64_t>(blocks.size())};
+                               .out = heads_of(out),
+                               .lse = lse.data_ptr(),
+                               .blocks = blocks.data(),
+                               .block_count = static_cast<int64_t>(blocks.size())};
   run_tasks(pick_attention_fwd(), tasks, args.heads * tasks.block_count, call.work());
   return {out, lse};
 }
@@ -186,7 +186,8 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
   const OptionalTensor &mask = given.call.mask, &distance_bias = given.call.distance_bias;
   const bool mask_gradient = given.mask_gradient, bias_gradient = given.bias_gradient;
   const Attention& args = call.args;
-  const Tensor dout = with_contiguous_rows(given.dout), out = with_contiguous_rows(given.out), lse = as_contiguous(given.lse);
+  const Tensor dout = with_contiguous_rows(given.dout), out = with_contiguous_rows(given.out),
+               lse = as_contiguous(given.lse);
   const OptionalTensor dlse = as_contiguous(given.dlse);
   Tensor dquery = new_like(query), dkey = new_like(key), dvalue = new_like(value);
   const int64_t parts = parts_of(call), keys = args.batches * args.sk, summed = 2 * args.biases.reach + 1;
@@ -195,16 +196,16 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
   Tensor partials = uninitialised(query, {single ? 0 : args.kv_heads, parts, 2, keys, padded_width(query)}, statistics);
   Tensor bias_partials = uninitialised(query, {bias_gradient ? args.heads : 0, args.count * parts, summed}, statistics);
   AttentionBackward tasks{.call = args,
-                             .out = heads_of(out),
-                             .dout = heads_of(dout),
-                             .dquery = heads_of(dquery),
-                             .dkey = heads_of(dkey),
-                             .dvalue = heads_of(dvalue),
-                             .lse = lse.data_ptr(),
-                             .dlse = dlse.has_value() ? dlse->data_ptr() : nullptr,
-                             .partials = single ? nullptr : partials.data_ptr(),
-                             .bias_partials = bias_gradient ? bias_partials.data_ptr() : nullptr,
-                             .parts = parts};
+                          .out = heads_of(out),
+                          .dout = heads_of(dout),
+                          .dquery = heads_of(dquery),
+                          .dkey = heads_of(dkey),
+                          .dvalue = heads_of(dvalue),
+                          .lse = lse.data_ptr(),
+                          .dlse = dlse.has_value() ? dlse->data_ptr() : nullptr,
+                          .partials = single ? nullptr : partials.data_ptr(),
+                          .bias_partials = bias_gradient ? bias_partials.data_ptr() : nullptr,
+                          .parts = parts};
   Tensor dmask = mask_gradient ? uninitialised(*mask, mask->sizes()) : uninitialised(query, {0});
   const bool broadcast = mask_gradient && is_broadcast(args, *mask);
   if (mask_gradient && !broadcast) {

@@ -146,16 +146,15 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
   Tensor statistics = uninitialised(query, {rows, 2}, ScalarType::Float);
   Tensor dquery_sums = uninitialised(query, {plan.shares, query.numel()}, ScalarType::Float);
   Tensor dbias_sums = uninitialised(query, {given.bias_gradient ? parts : 0, dbias.numel()}, ScalarType::Float);
-  const cuda::AttentionBackward tiles{
-      .call = args,
-      .dout = heads_of(dout),
-      .dkey = heads_of(dkey),
-      .dvalue = heads_of(dvalue),
-      .statistics = static_cast<const cuda::RowStatistics*>(statistics.data_ptr()),
-      .dquery = zeros(dquery_sums, stream),
-      .dquery_share = plan.shares > 1 ? query.numel() : 0,
-      .dbias = given.bias_gradient ? zeros(dbias_sums, stream) : nullptr,
-      .plan = plan};
+  const cuda::AttentionBackward tiles{.call = args,
+                                      .dout = heads_of(dout),
+                                      .dkey = heads_of(dkey),
+                                      .dvalue = heads_of(dvalue),
+                                      .statistics = static_cast<const cuda::RowStatistics*>(statistics.data_ptr()),
+                                      .dquery = zeros(dquery_sums, stream),
+                                      .dquery_share = plan.shares > 1 ? query.numel() : 0,
+                                      .dbias = given.bias_gradient ? zeros(dbias_sums, stream) : nullptr,
+                                      .plan = plan};
   visit_kernels(query, [&]<class T, int D>() {
     cuda::attention_delta<T>({.out = heads_of(out),
                               .dout = tiles.dout,

@@ -1,28 +1,29 @@
 // Attention's backward on tensor cores, for GPUs since sm_80 (Dao, 2023): a block holds a tile of 64 keys and values in
-// shared memory and walks over the queries of all heads of its group; a warp has 16 of the keys with dK and dV in registers.
+// shared memory and walks over the queries of all heads of its group; a warp has 16 of the keys with dK and dV in
+// registers.
 //
 // Scores are transposed, a row a key, so that both P' and dS' are first operands straight from registers. Per tile of
 // queries: S' = K Q', dP' = V dO', P' = exp2(S' * scale * log2(e) - lse), dS' = P' (dP' - delta), dV += P' dO,
-// dK += dS' Q; then dS' goes through shared memory, and dQ = dS K is added to fp32 sums in global memory. Tiles of queries
-// are copied ahead into a second buffer where there is room for one. delta = rowsum(dO O) - dlse comes from a kernel of its
-// own, and one converts dQ at the end.
-// dQ is summed by atomics, in any order. Where determinism is asked for, few blocks walk over all keys of a head, each with
-// sums of its own, which are added up in order: as many times the memory of dQ, and less parallelism.
-// Where head_dim is above 128, registers hold half of dK and dV: two blocks a tile, both with all of S' and dP'.
-// The gradient of the bias by distance is the sum of dS along diagonals, kept for each block and summed in order. The
-// gradient of a mask has a kernel of its own, in which each tile of the mask sums up, in order, what broadcasts to it.
+// dK += dS' Q; then dS' goes through shared memory, and dQ = dS K is added to fp32 sums in global memory. Tiles of
+// queries are copied ahead into a second buffer where there is room for one. delta = rowsum(dO O) - dlse comes from a
+// kernel of its own, and one converts dQ at the end. dQ is summed by atomics, in any order. Where determinism is asked
+// for, few blocks walk over all keys of a head, each with sums of its own, which are added up in order: as many times
+// the memory of dQ, and less parallelism. Where head_dim is above 128, registers hold half of dK and dV: two blocks a
+// tile, both with all of S' and dP'. The gradient of the bias by distance is the sum of dS along diagonals, kept for
+// each block and summed in order. The gradient of a mask has a kernel of its own, in which each tile of the mask sums
+// up, in order, what broadcasts to it.
 //
-// FLOPs: 10 D for each pair in the tiles visited, above head_dim 128 14 D, and 4 D more for the gradient of a mask. Bytes:
-// K, V, dK, dV once, Q and dO once for each tile of keys, from L2 where they fit, and 4 D of atomics for each query there.
-// Shared memory: 56 KiB at head_dim 64, 68 at 128, 98 at 256.
+// FLOPs: 10 D for each pair in the tiles visited, above head_dim 128 14 D, and 4 D more for the gradient of a mask.
+// Bytes: K, V, dK, dV once, Q and dO once for each tile of keys, from L2 where they fit, and 4 D of atomics for each
+// query there. Shared memory: 56 KiB at head_dim 64, 68 at 128, 98 at 256.
 #pragma once
 
 #include "cuda/attention_gradients.cuh"
 
 namespace pyllm::cuda {
 
-// Adds the sums of a tile's dS' along its diagonals to a head's sums by distance. Distances from which on all biases are
-// the same stay with the thread, until flush().
+// Adds the sums of a tile's dS' along its diagonals to a head's sums by distance. Distances from which on all biases
+// are the same stay with the thread, until flush().
 template <class T, int D>
 class DiagonalSums {
   static constexpr int kQueries = backward_tile(D).queries;
@@ -136,8 +137,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     const int items = group * tiles;
     const auto copy_item = [&](int item) {
       if (item < items)
-        memory.copy_queries(args, s, key_head * group + item / tiles, first + item % tiles * kQueries,
-                            item % kBuffers);
+        memory.copy_queries(args, s, key_head * group + item / tiles, first + item % tiles * kQueries, item % kBuffers);
       commit_copies();
     };
 
@@ -190,8 +190,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
         for (float& number : numbers) number *= factor;
       by.put(warp_key, sums[0]);
       sync_warp();
-      by.template store_rows<kMatrix>(warp_key,
-                                      to.at<T>(s.batch, key_head, s.key + key_tile) + part * kColumns, to.row,
+      by.template store_rows<kMatrix>(warp_key, to.at<T>(s.batch, key_head, s.key + key_tile) + part * kColumns, to.row,
                                       s.sk - key_tile, call.dim - part * kColumns);
     };
     write(Tile<T, kKeyTile, kColumns>(0), args.dkey, dkey, call.scale);

@@ -1,16 +1,17 @@
-// Attention's forward on tensor cores, for GPUs since sm_80 (Dao, 2023): a block holds a tile of queries in shared memory
-// and walks over the keys of its head, a warp has 16 or 32 of the queries with their output and softmax in registers.
+// Attention's forward on tensor cores, for GPUs since sm_80 (Dao, 2023): a block holds a tile of queries in shared
+// memory and walks over the keys of its head, a warp has 16 or 32 of the queries with their output and softmax in
+// registers.
 //
 // Per tile of keys: S = Q K'; online softmax, p = exp2(S * scale * log2(e) - shift) in one multiply-add and one
 // exponential; O = O * rescale + P V with P as the first operand, from registers. Two buffers, one for keys and one for
 // values: while a product reads one, copies fill the other. Tiles that the band or the padding empties are not visited;
 // only those that the band or the end of the keys cuts are compared.
-// The plain kernel knows bands and padding. The full one adds masks, biases, softcap and dropout, whose random numbers a
-// thread gets eight at a time, for exactly the columns that it has.
+// The plain kernel knows bands and padding. The full one adds masks, biases, softcap and dropout, whose random numbers
+// a thread gets eight at a time, for exactly the columns that it has.
 //
 // FLOPs: 4 D for each pair of query and key in the tiles visited, and an exponential. Bytes: Q, O and lse once, K and V
-// once for each tile of queries of each query head, from L2 where they fit. Shared memory: 64 KiB at head_dim 128, 32 at
-// 64, 96 at 256. Any head_dim that is a multiple of 8 is padded by copies that fill in zeros.
+// once for each tile of queries of each query head, from L2 where they fit. Shared memory: 64 KiB at head_dim 128, 32
+// at 64, 96 at 256. Any head_dim that is a multiple of 8 is padded by copies that fill in zeros.
 #pragma once
 
 #include "cuda/attention_scores.cuh"
@@ -41,8 +42,7 @@ struct OnlineSoftmax {
       for (int half = 0; half < 2; ++half) {
         float highest = peak[m][half];
 #pragma unroll
-        for (int n = 0; n < N; ++n)
-          highest = fmaxf(highest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+        for (int n = 0; n < N; ++n) highest = fmaxf(highest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         highest = fmaxf(highest, shuffle_xor(highest, 1));
         highest = fmaxf(highest, shuffle_xor(highest, 2));
         const float shift = fmaxf(highest * factor, -kLargest);  // finite: where all is -inf, exponentials are 0
@@ -179,10 +179,9 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
     const int next = seek(tile + kKeyTile);
     if (next < seen.end) copy(keys, of_keys, call.key.row, next);
     if (works) {
-      const bool cut = ignored_here != 0 || (FULL && rows < kQueries) ||
-                       !sees_whole_tile(call, s, first, first + rows - 1, tile);
-      if (FULL || cut)
-        finish_scores<T, FULL>(call, s, &scoring, first + first_row, tile, ignored_here, cut, scores);
+      const bool cut =
+          ignored_here != 0 || (FULL && rows < kQueries) || !sees_whole_tile(call, s, first, first + rows - 1, tile);
+      if (FULL || cut) finish_scores<T, FULL>(call, s, &scoring, first + first_row, tile, ignored_here, cut, scores);
       softmax.add(scores, factor, out);
       if constexpr (FULL) {
         if (dropout)

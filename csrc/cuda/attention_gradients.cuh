@@ -50,9 +50,9 @@ struct BackwardMemory {
   __device__ static int begin(int buffer) { return kTile.first_buffer(D) + buffer * kTile.buffer_bytes(D); }
 };
 
-// Bit 8 half + n says whether dropout keeps the weight of a thread's key of that half and its query of accumulator n, in
-// `low` of the first, in `high` of the second of two. A call of Philox serves eight keys of a query: of 8 queries, a lane
-// makes one of the calls for the warp's keys, the first of which is `key`, and its neighbours ask for theirs.
+// Bit 8 half + n says whether dropout keeps the weight of a thread's key of that half and its query of accumulator n,
+// in `low` of the first, in `high` of the second of two. A call of Philox serves eight keys of a query: of 8 queries, a
+// lane makes one of the calls for the warp's keys, the first of which is `key`, and its neighbours ask for theirs.
 template <int N>
 struct KeptWeights {
   uint32_t low = 0, high = 0;
@@ -79,7 +79,9 @@ struct KeptWeights {
     }
   }
 
-  __device__ bool operator()(int n, int half, int i) const { return ((i == 0 ? low : high) >> (8 * half + n) & 1) != 0; }
+  __device__ bool operator()(int n, int half, int i) const {
+    return ((i == 0 ? low : high) >> (8 * half + n) & 1) != 0;
+  }
 };
 
 // A tile of transposed scores: 16 keys of a warp by the tile's queries.
@@ -93,7 +95,8 @@ struct ScoreTile {
 template <class T, int D, bool FULL>
 __device__ inline void score_gradients(const AttentionBackward& args, const Sequence& s, int head, int key_tile,
                                        uint64_t ignored, int query_tile, int buffer, const Dropout& dropout,
-                                       const BackwardMemory<T, D>& memory, ScoreTile<backward_tile(D).queries / 8>& tile) {
+                                       const BackwardMemory<T, D>& memory,
+                                       ScoreTile<backward_tile(D).queries / 8>& tile) {
   constexpr int kQueries = backward_tile(D).queries, N = kQueries / 8;
   const Attention& call = args.call;
   const int warp_key = static_cast<int>(threadIdx.x) / kWarp * kMatrix;
@@ -103,8 +106,8 @@ __device__ inline void score_gradients(const AttentionBackward& args, const Sequ
   multiply_rows(memory.values, opaque(warp_key), memory.douts(buffer), tile.gradients);
 
   const int last = min(query_tile + kQueries, s.sq) - 1;
-  const bool cut = ignored != 0 || (FULL && query_tile + kQueries > s.sq) ||
-                   !sees_whole_tile(call, s, query_tile, last, key_tile);
+  const bool cut =
+      ignored != 0 || (FULL && query_tile + kQueries > s.sq) || !sees_whole_tile(call, s, query_tile, last, key_tile);
   const int g = lane_id() / 4, t = lane_id() % 4, query = query_tile + 2 * t;
   Range seeing[2];  // by the thread's two keys, in queries from its first on
   if (cut) {

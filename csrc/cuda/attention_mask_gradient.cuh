@@ -1,10 +1,10 @@
-// The gradient of attention's mask on tensor cores: a block for each tile of the mask, of 64 keys by the queries of a tile
-// of the backward, goes over all sequences, heads, queries and keys that broadcast to it, computes dS' again and sums it up
-// in registers. No sum depends on timing, no memory is needed beyond the gradient, and there is as little parallelism as
-// the gradient is small.
+// The gradient of attention's mask on tensor cores: a block for each tile of the mask, of 64 keys by the queries of a
+// tile of the backward, goes over all sequences, heads, queries and keys that broadcast to it, computes dS' again and
+// sums it up in registers. No sum depends on timing, no memory is needed beyond the gradient, and there is as little
+// parallelism as the gradient is small.
 //
-// FLOPs: 4 D for each pair in the tiles visited. Bytes: the gradient once; Q, K, V and dO once for each tile of the mask
-// that they belong to, from L2 where they fit.
+// FLOPs: 4 D for each pair in the tiles visited. Bytes: the gradient once; Q, K, V and dO once for each tile of the
+// mask that they belong to, from L2 where they fit.
 #pragma once
 
 #include "cuda/attention_gradients.cuh"
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
   const int row = take((args.rows + kQueries - 1) / kQueries) * kQueries;
   const int mask_head = take(args.heads), mask_sequence = rest;
   const auto all = [](int own, int size, int count) { return size == 1 ? Range{0, count} : Range{own, own + 1}; };
-  const Range sequences = all(mask_sequence, args.sequences, call.count), heads = all(mask_head, args.heads, call.heads);
+  const Range sequences = all(mask_sequence, args.sequences, call.count),
+              heads = all(mask_head, args.heads, call.heads);
 
   const BackwardMemory<T, D> memory;
   const Dropout dropout = seeded(call.dropout, call.rng);
@@ -129,9 +130,8 @@ void attention_mask_gradient(const MaskGradient& args, Stream stream) {
   const int64_t tiles = ceil_div(args.rows, kTile.queries) * ceil_div(args.columns, kKeyTile);
   const int64_t blocks = int64_t{args.sequences} * args.heads * tiles;
   if (blocks > 0)
-    launch(attention_mask_tile<T, D>,
-           {.grid = blocks, .block = kTile.kThreads, .shared_bytes = kTile.shared_bytes(D)}, stream,
-           args);
+    launch(attention_mask_tile<T, D>, {.grid = blocks, .block = kTile.kThreads, .shared_bytes = kTile.shared_bytes(D)},
+           stream, args);
 }
 
 }  // namespace pyllm::cuda

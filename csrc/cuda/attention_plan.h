@@ -1,5 +1,5 @@
-// How attention's queries and keys are dealt out: plain arithmetic without a CUDA header, so that it is tested without a
-// GPU.
+// How attention's queries and keys are dealt out: plain arithmetic without a CUDA header, so that it is tested without
+// a GPU.
 #pragma once
 
 #include <algorithm>
@@ -39,9 +39,15 @@ struct BackwardTile {
   // In shared memory K, V and dS', then the buffers of Q, dO and their statistics.
   PYLLM_EVERYWHERE constexpr int key_bytes(int head_dim) const { return 2 * head_dim * kKeyTile; }
   PYLLM_EVERYWHERE constexpr int query_bytes(int head_dim) const { return 2 * head_dim * queries; }
-  PYLLM_EVERYWHERE constexpr int first_buffer(int head_dim) const { return 2 * key_bytes(head_dim) + 2 * queries * kKeyTile; }
-  PYLLM_EVERYWHERE constexpr int buffer_bytes(int head_dim) const { return 2 * query_bytes(head_dim) + kRowBytes * queries; }
-  PYLLM_EVERYWHERE constexpr int shared_bytes(int head_dim) const { return first_buffer(head_dim) + buffers * buffer_bytes(head_dim); }
+  PYLLM_EVERYWHERE constexpr int first_buffer(int head_dim) const {
+    return 2 * key_bytes(head_dim) + 2 * queries * kKeyTile;
+  }
+  PYLLM_EVERYWHERE constexpr int buffer_bytes(int head_dim) const {
+    return 2 * query_bytes(head_dim) + kRowBytes * queries;
+  }
+  PYLLM_EVERYWHERE constexpr int shared_bytes(int head_dim) const {
+    return first_buffer(head_dim) + buffers * buffer_bytes(head_dim);
+  }
 };
 
 PYLLM_EVERYWHERE constexpr BackwardTile backward_tile(int head_dim) {
@@ -51,8 +57,8 @@ PYLLM_EVERYWHERE constexpr BackwardTile backward_tile(int head_dim) {
   return {16, 2, 2};
 }
 
-// Blocks for the tiles of `size` rows of all sequences, of `length` rows each, or together if packed: then the host does
-// not know the sequences' lengths, and some blocks may be left over.
+// Blocks for the tiles of `size` rows of all sequences, of `length` rows each, or together if packed: then the host
+// does not know the sequences' lengths, and some blocks may be left over.
 inline int64_t slots_of(int64_t count, int64_t length, int size, bool packed) {
   return packed ? length / size + count : count * ceil_div(length, size);
 }

@@ -1,5 +1,6 @@
-// What attention's backward does before and after its tiles, row by row: the statistics of the queries, and sums that blocks
-// have left side by side, added up in order. Bound by memory: 4 bytes an element of O and dO, 4 an addend and 2 a sum.
+// What attention's backward does before and after its tiles, row by row: the statistics of the queries, and sums that
+// blocks have left side by side, added up in order. Bound by memory: 4 bytes an element of O and dO, 4 an addend and 2
+// a sum.
 #pragma once
 
 #include "cuda/attention.h"
@@ -10,15 +11,16 @@ namespace pyllm::cuda {
 inline constexpr int kDeltaLanes = 8, kDeltaThreads = 128;  // a row; a block
 
 template <class T>
-__global__ void __launch_bounds__(kDeltaThreads, 1)
-    attention_delta_rows(const __grid_constant__ AttentionDelta args) {
+__global__ void __launch_bounds__(kDeltaThreads, 1) attention_delta_rows(const __grid_constant__ AttentionDelta args) {
   constexpr int kRows = kDeltaThreads / kDeltaLanes;
   const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kDeltaLanes;
   const int lane = static_cast<int>(threadIdx.x) % kDeltaLanes;
   float delta = 0;
   if (row < args.rows) {
     const int64_t head = row / args.sq;
-    const auto at = [&](const Heads& rows) { return rows.at<const T>(head / args.heads, head % args.heads, row % args.sq); };
+    const auto at = [&](const Heads& rows) {
+      return rows.at<const T>(head / args.heads, head % args.heads, row % args.sq);
+    };
     const T *out = at(args.out), *dout = at(args.dout);
     for (int column = 8 * lane; column < args.dim; column += 8 * kDeltaLanes) {
       const auto a = load(reinterpret_cast<const Chunk<T, 8>*>(out + column));
@@ -60,8 +62,8 @@ __global__ void __launch_bounds__(kSumThreads, 1) attention_sum_addends(const __
 template <class T>
 void attention_delta(const AttentionDelta& args, Stream stream) {
   if (args.rows > 0)
-    launch(attention_delta_rows<T>,
-           {.grid = ceil_div(args.rows, kDeltaThreads / kDeltaLanes), .block = kDeltaThreads}, stream, args);
+    launch(attention_delta_rows<T>, {.grid = ceil_div(args.rows, kDeltaThreads / kDeltaLanes), .block = kDeltaThreads},
+           stream, args);
 }
 
 template <class T>

@@ -1,4 +1,5 @@
-// What attention's kernels share: which sequence and tile is a block's, which keys are to be ignored, and what a score is.
+// What attention's kernels share: which sequence and tile is a block's, which keys are to be ignored, and what a score
+// is.
 #pragma once
 
 #include "cuda/attention.h"

@@ -1,9 +1,9 @@
 // Tiles of 16-bit numbers in shared memory, and the products of them that a warp makes on tensor cores.
 //
 // Plain wrappers of mma.sync, ldmatrix and cp.async rather than CuTe, so that the host model can run them. A warp's
-// accumulators are 16 M x 8 N numbers c[M][N][4], as multiply_add lays them out: of 16 x 8 numbers a thread has rows g and
-// g + 8 (g = lane / 4), columns 2t and 2t + 1 (t = lane % 4). Two neighbours of 16 x 8 are, converted, the first operand
-// of another product: weights go from one product to the next in registers.
+// accumulators are 16 M x 8 N numbers c[M][N][4], as multiply_add lays them out: of 16 x 8 numbers a thread has rows g
+// and g + 8 (g = lane / 4), columns 2t and 2t + 1 (t = lane % 4). Two neighbours of 16 x 8 are, converted, the first
+// operand of another product: weights go from one product to the next in registers.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -31,8 +31,8 @@ __device__ inline void first_operand(const float (&c)[N][4], int k, uint32_t (&a
   for (int i = 0; i < 4; ++i) a[i] = pack<T>(c[k / 8 + i / 2][i % 2 * 2], c[k / 8 + i / 2][i % 2 * 2 + 1]);
 }
 
-// ROWS x COLUMNS numbers in chunks of 8, which lie in a row in an order that depends on it: the same chunk of any 8 rows
-// from a multiple of 8 on lies in different banks, as does any chunk of a row.
+// ROWS x COLUMNS numbers in chunks of 8, which lie in a row in an order that depends on it: the same chunk of any 8
+// rows from a multiple of 8 on lies in different banks, as does any chunk of a row.
 template <class T, int ROWS, int COLUMNS>
 class Tile {
   static constexpr int kChunks = COLUMNS / 8;
@@ -53,7 +53,8 @@ class Tile {
     static_assert(ROWS * kChunks % THREADS == 0);
 #pragma unroll 1
     for (int i = 0; i < ROWS * kChunks; i += THREADS) {
-      const int row = (i + static_cast<int>(threadIdx.x)) / kChunks, chunk = (i + static_cast<int>(threadIdx.x)) % kChunks;
+      const int row = (i + static_cast<int>(threadIdx.x)) / kChunks,
+                chunk = (i + static_cast<int>(threadIdx.x)) % kChunks;
       copy_async(numbers_, 8 * place(row, chunk), from + row * stride + 8 * chunk, 8, row < rows && 8 * chunk < dim);
     }
   }
@@ -90,9 +91,7 @@ class Tile {
 
  private:
   // Where a chunk lies, in chunks.
-  __device__ static int place(int row, int chunk) {
-    return row * kChunks + (chunk ^ (row / (8 / kOrders) % kOrders));
-  }
+  __device__ static int place(int row, int chunk) { return row * kChunks + (chunk ^ (row / (8 / kOrders) % kOrders)); }
 
   Shared<T> numbers_;
   Shared<uint32_t> pairs_;

@@ -13,7 +13,10 @@ KERNELS = (
     (
         "attention_backward",
         (("bf16", "f16"),),
-        tuple(f"void attention_backward<{{T}}, {{D}}, {full}>(const AttentionBackward&, Stream)" for full in ("true", "false")),
+        tuple(
+            f"void attention_backward<{{T}}, {{D}}, {full}>(const AttentionBackward&, Stream)"
+            for full in ("true", "false")
+        ),
     ),
     (
         "attention_forward",

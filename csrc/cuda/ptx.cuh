@@ -201,8 +201,8 @@ __device__ __forceinline__ unsigned shared_address(Shared<T> shared, int index) 
 }
 }  // namespace detail
 
-// `count` elements, 8 or 16 bytes and as aligned, of global memory, or zeros if they are not present. They are there for
-// this thread after wait_copies, for others after a barrier that follows.
+// `count` elements, 8 or 16 bytes and as aligned, of global memory, or zeros if they are not present. They are there
+// for this thread after wait_copies, for others after a barrier that follows.
 template <class T>
 __device__ __forceinline__ void copy_async(Shared<T> shared, int index, const T* from, int count, bool present) {
   const unsigned to = detail::shared_address(shared, index), bytes = present ? count * sizeof(T) : 0;
@@ -222,8 +222,8 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(GROUPS) : "memory");
 }
 
-// N matrices of 8 x 8 elements of 16 bits, in a layout that multiply_add takes; lane 8 i + r says where row r of matrix i
-// begins, at a multiple of 16 bytes.
+// N matrices of 8 x 8 elements of 16 bits, in a layout that multiply_add takes; lane 8 i + r says where row r of matrix
+// i begins, at a multiple of 16 bytes.
 template <bool TRANSPOSED, int N, class T>
 __device__ __forceinline__ void load_matrices(Shared<T> shared, int index, uint32_t (&out)[N]) {
   static_assert(sizeof(T) == 2 && (N == 1 || N == 2 || N == 4));
@@ -249,9 +249,9 @@ __device__ __forceinline__ void load_matrices(Shared<T> shared, int index, uint3
   }
 }
 
-// c += a b over the warp: a 16 x 16, b 16 x 8, c 16 x 8 in fp32. With g = lane / 4 and t = lane % 4, register r of a holds
-// row g + 8 (r % 2), columns 2t + 8 (r / 2) and the next; b0 column g, rows 2t and the next, b1 8 rows further; element i
-// of c is row g + 8 (i / 2), column 2t + i % 2.
+// c += a b over the warp: a 16 x 16, b 16 x 8, c 16 x 8 in fp32. With g = lane / 4 and t = lane % 4, register r of a
+// holds row g + 8 (r % 2), columns 2t + 8 (r / 2) and the next; b0 column g, rows 2t and the next, b1 8 rows further;
+// element i of c is row g + 8 (i / 2), column 2t + i % 2.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);

@@ -74,8 +74,8 @@ void visit(const Call& call, Body&& body) {
 
 }  // namespace
 
-#define CALL_PARAMETERS                                                                                           \
-  void *query, void *key, void *value, void *mask, const bool *padding, const float *bias, const float *slopes,   \
+#define CALL_PARAMETERS                                                                                                \
+  void *query, void *key, void *value, void *mask, const bool *padding, const float *bias, const float *slopes,        \
       const int32_t *cu_q, const int32_t *cu_k, const int64_t *rng, const int64_t *ints, double scale, double softcap, \
       double p
 #define CALL_ARGUMENTS query, key, value, mask, padding, bias, slopes, cu_q, cu_k, rng, ints, scale, softcap, p
@@ -91,8 +91,8 @@ const char* attention_forward(CALL_PARAMETERS, void* out, float* lse) {
   });
 }
 
-// statistics, dquery_sums and dbias_sums, of `room` shares and parts, are for what is between the kernels; the latter two
-// hold zeros.
+// statistics, dquery_sums and dbias_sums, of `room` shares and parts, are for what is between the kernels; the latter
+// two hold zeros.
 const char* attention_backward(CALL_PARAMETERS, void* dout, const float* dlse, void* out, const float* lse,
                                void* statistics, float* dquery_sums, float* dbias_sums, void* dquery, void* dkey,
                                void* dvalue, void* dmask, float* dbias, int64_t shares, int64_t parts,
@@ -152,6 +152,27 @@ const char* attention_backward(CALL_PARAMETERS, void* dout, const float* dlse, v
                                   .scale = 1},
                                  nullptr);
   });
+}
+
+void slots_of(int64_t* out, int64_t count, int64_t length, int64_t size, int64_t packed) {
+  out[0] = cuda::slots_of(count, length, static_cast<int>(size), packed != 0);
+}
+
+// {sequence, tile}
+void packed_slot(int64_t* out, int64_t slot, int64_t count, int64_t size, const int32_t* bounds) {
+  const cuda::Slot found = cuda::packed_slot(static_cast<int>(slot), static_cast<int>(count), static_cast<int>(size),
+                                             [&](int i) { return bounds[i]; });
+  out[0] = found.sequence;
+  out[1] = found.tile;
+}
+
+// {lines, slots, blocks, shares}
+void plan_backward(int64_t* out, int64_t count, int64_t length, int64_t kv_heads, int64_t head_dim, int64_t packed,
+                   int64_t deterministic, int64_t processors) {
+  const cuda::BackwardPlan plan = cuda::plan_backward(count, length, kv_heads, static_cast<int>(head_dim), packed != 0,
+                                                      deterministic != 0, {.processors = static_cast<int>(processors)});
+  const int64_t told[] = {plan.lines, plan.slots, plan.blocks, plan.shares};
+  std::copy_n(told, 4, out);
 }
 
 }  // extern "C"

@@ -214,7 +214,8 @@ void store_remote(const Shared<T>& shared, int64_t index, int rank, std::type_id
   shared.store(rank, index, value);
 }
 
-// --- approximations: .ftz, and off by up to the relative error of 2^-22 that ex2, lg2 and rsqrt (rcp: 2^-23) are allowed ---
+// --- approximations: .ftz, and off by up to the relative error of 2^-22 that ex2, lg2 and rsqrt (rcp: 2^-23) are
+// allowed ---
 
 namespace detail {
 

@@ -1,14 +1,14 @@
-// The functions of cuda/ptx.cuh for tensor cores on the host: ldmatrix, mma.sync.m16n8k16 and cp.async, with the layouts
-// of fragments that the PTX ISA gives. g is a lane's group (lane / 4), t its place there (lane % 4); an element of 16 bits
-// is named by the register, the half of it (0: low) and the lane.
+// The functions of cuda/ptx.cuh for tensor cores on the host: ldmatrix, mma.sync.m16n8k16 and cp.async, with the
+// layouts of fragments that the PTX ISA gives. g is a lane's group (lane / 4), t its place there (lane % 4); an element
+// of 16 bits is named by the register, the half of it (0: low) and the lane.
 #pragma once
 
 #include "cuda_host/executor.h"
 
 namespace pyllm::cuda {
 
-// ldmatrix.m8n8.x1/.x2/.x4: lanes 8i ... 8i + 7 hold where the rows of matrix i begin. Of matrix i register i gets row g,
-// columns 2t and 2t + 1; with .trans column g, rows 2t and 2t + 1.
+// ldmatrix.m8n8.x1/.x2/.x4: lanes 8i ... 8i + 7 hold where the rows of matrix i begin. Of matrix i register i gets row
+// g, columns 2t and 2t + 1; with .trans column g, rows 2t and 2t + 1.
 template <bool TRANSPOSED, int N, class T>
 void load_matrices(const Shared<T>& shared, int index, uint32_t (&out)[N]) {
   static_assert(sizeof(T) == 2 && (N == 1 || N == 2 || N == 4));

@@ -72,7 +72,9 @@ const char* run_take_matrices(const uint16_t* x, uint32_t* out, int64_t count, i
              {.grid = 1, .block = 32, .shared_bytes = static_cast<int>(64 * pitch)}, nullptr, x, out,
              static_cast<int>(pitch), static_cast<int>(present));
     };
-    count == 4 ? run.template operator()<4>() : count == 2 ? run.template operator()<2>() : run.template operator()<1>();
+    count == 4   ? run.template operator()<4>()
+    : count == 2 ? run.template operator()<2>()
+                 : run.template operator()<1>();
   });
 }
 
