@@ -13,7 +13,7 @@ from cuda_attention import AttentionKernels
 from cuda_host.build import HostModelError, why_not
 
 import pyllm
-from pyllm.ops.attention import ATTENTION, _on
+from pyllm.ops.attention import ATTENTION, _on, _unfit_for_native
 from pyllm.reference import AttentionCall, dropout_keep
 from pyllm.testing import check, randn
 
@@ -41,13 +41,7 @@ def kernels(monkeypatch) -> AttentionKernels:
     return kernels
 
 
-def served(case: Case) -> Case:
-    """The case with a head_dim and a layout that the kernels take."""
-    layout = "bshd" if case.layout == "bhds" else case.layout
-    return dataclasses.replace(case, dim=-(-case.dim // 8) * 8, layout=layout)
-
-
-CASES = [served(c) for c in test_attention.CASES]
+CASES = [c.on_tensor_cores() for c in test_attention.CASES]
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -62,7 +56,8 @@ def test_cases(kernels, case, dtype):
 
 @pytest.mark.parametrize("case, dtype", list(test_attention_features._cases()))
 def test_pairs_of_features(kernels, case, dtype):
-    check(served(case).call, served(case).inputs(DTYPES[dtype in (torch.float32, torch.bfloat16)], "cpu"), "cuda_host")
+    case = case.on_tensor_cores()
+    check(case.call, case.inputs(DTYPES[dtype in (torch.float32, torch.bfloat16)], "cpu"), "cuda_host")
 
 
 # (head_dim, queries, keys): every size that kernels are made for, exactly and padded; more than one tile of each.
@@ -126,11 +121,31 @@ def test_large_scores_and_negative_scales(kernels):
         check(lambda scale=scale, **x: pyllm.ops.attention(scale=scale, **x), inputs, "cuda_host")
 
 
+WHOLE = {"query": (2, 4, 9, 64), "key": (2, 2, 7, 64), "value": (2, 2, 7, 64)}
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda x: x, None),
+        (lambda x: x[..., :40], None),
+        (lambda x: x[..., :36], "a head_dim that is a multiple of 8, and this one is 36"),
+        (lambda x: x[..., 1:41], "rows of query do not begin"),
+        (lambda x: x.mT.contiguous().mT, "rows of query do not begin"),
+        (lambda x: x.new_empty(*x.shape[:3], 68)[..., :64], "rows of query do not begin"),
+    ],
+)
+def test_what_the_kernels_cannot_serve(change, reason):
+    tensors = [change(torch.empty(shape, dtype=torch.bfloat16, device="meta")) for shape in WHOLE.values()]
+    why = _unfit_for_native(*tensors, *[None] * 7, 1.0, 0.0, 0.0, -1, -1, False, False)
+    assert why is None if reason is None else reason in why
+
+
 FORWARD, TILE, GRADIENTS, BACKWARD = (
     f"csrc/cuda/attention_{name}.cuh" for name in ("forward", "tile", "gradients", "backward")
 )
 FAULTS = {
-    "a wrong fragment of the first operand": (TILE, "c[k / 8 + i / 2][i % 2 * 2]", "c[k / 8 + i % 2][i / 2 * 2]", None),
+    "a wrong fragment of the first operand": (TILE, "n % 2 * 2 + half", "half * 2 + n % 2", None),
     "fragments of the second operand, swapped": (TILE, "of_a[m], of_b[0], of_b[2]", "of_a[m], of_b[0], of_b[1]", None),
     "a matrix that is not transposed": (
         TILE,

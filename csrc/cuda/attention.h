@@ -94,6 +94,7 @@ struct Sequence {
 
 struct Range {
   int begin, end;
+  PYLLM_EVERYWHERE bool has(int first, int count) const { return first >= begin && first + count <= end; }
 };
 
 PYLLM_EVERYWHERE inline int smaller(int a, int b) { return a < b ? a : b; }
@@ -111,10 +112,9 @@ PYLLM_EVERYWHERE inline Range queries_seeing(const Attention& call, const Sequen
           call.left < 0 ? s.sq : smaller(s.sq, last - s.shift + call.left + 1)};
 }
 
-// Whether each of the queries first to last sees all of a tile's keys.
-PYLLM_EVERYWHERE inline bool sees_whole_tile(const Attention& call, const Sequence& s, int first, int last, int tile) {
-  return tile + kKeyTile <= s.sk && (call.left < 0 || tile >= last + s.shift - call.left) &&
-         (call.right < 0 || tile + kKeyTile - 1 <= first + s.shift + call.right);
+// The keys that each of the queries first to last sees.
+PYLLM_EVERYWHERE inline Range keys_all_see(const Attention& call, const Sequence& s, int first, int last) {
+  return {keys_seen(call, s, last, last).begin, keys_seen(call, s, first, first).end};
 }
 
 // --- the kernels: T __half or __nv_bfloat16, D head_dim rounded up, as cuda/instances.py lists them ---

@@ -26,7 +26,7 @@ namespace pyllm::cuda {
 // are the same stay with the thread, until flush().
 template <class T, int D>
 class DiagonalSums {
-  static constexpr int kQueries = backward_tile(D).queries;
+  static constexpr int kQueries = backward_tile(D, true).queries;
   static_assert(kKeyTile + kQueries - 1 <= BackwardTile::kThreads);  // a diagonal for each
 
  public:
@@ -51,7 +51,7 @@ class DiagonalSums {
 
   // spare: shared memory for two numbers of each warp that nobody uses.
   __device__ void flush(Shared<float> spare, float* sums) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int warp = warp_id();
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       below_ += shuffle_xor(below_, offset);
@@ -79,14 +79,15 @@ class DiagonalSums {
 };
 
 // Adds dQ = dS K to the sums in global memory: the part's columns of the tile's queries.
-template <class T, int D>
-__device__ inline void add_query_gradient(const AttentionBackward& args, const Sequence& s, int head, int query_tile,
-                                          int part, const BackwardMemory<T, D>& memory, float* dquery) {
-  constexpr BackwardTile kTile = backward_tile(D);
+template <class T, int D, bool FULL>
+__device__ inline void add_query_gradient(const AttentionBackward& args, const KeyBlock& keys, int head, int query_tile,
+                                          int part, const BackwardMemory<T, D, FULL>& memory) {
+  const Sequence& s = keys.s;
+  constexpr BackwardTile kTile = backward_tile(D, FULL);
   // The warps share the queries, and where those are too few their columns.
   constexpr int kAcross = kTile.queries / kMatrix, kAlong = kTile.kWarps / kAcross;
   constexpr int N = D / kTile.parts / kAlong / 8;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, row = warp % kAcross * kMatrix;
+  const int warp = warp_id(), row = warp % kAcross * kMatrix;
   const int column = part * (D / kTile.parts) + warp / kAcross * 8 * N;
   float sums[1][N][4];
   clear(sums);
@@ -97,8 +98,8 @@ __device__ inline void add_query_gradient(const AttentionBackward& args, const S
   for (int half = 0; half < 2; ++half) {
     const int query = query_tile + row + 8 * half + lane_id() / 4;
     if (query >= s.sq) continue;
-    float* to = dquery + (int64_t{s.batch} * call.sq + s.query + query) * pitch + int64_t{head} * call.dim + column +
-                lane_id() % 4 * 2;
+    float* to = args.dquery + keys.share * args.dquery_share + (int64_t{s.batch} * call.sq + s.query + query) * pitch +
+                int64_t{head} * call.dim + column + lane_id() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (column + 8 * n >= call.dim) break;
@@ -111,33 +112,36 @@ __device__ inline void add_query_gradient(const AttentionBackward& args, const S
 template <class T, int D, bool FULL>
 __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     attention_backward_tile(const __grid_constant__ AttentionBackward args) {
-  constexpr BackwardTile kTile = backward_tile(D);
+  constexpr BackwardTile kTile = backward_tile(D, FULL);
   constexpr int kQueries = kTile.queries, kBuffers = kTile.buffers, kColumns = D / kTile.parts;
   const Attention& call = args.call;
   // Of a tile of keys, its parts are neighbours.
   const int part = static_cast<int>(blockIdx.x) % kTile.parts, block = static_cast<int>(blockIdx.x) / kTile.parts;
-  const int in_head = args.plan.lines * args.plan.blocks, of_head = block % in_head, key_head = block / in_head;
+  const int in_head = args.plan.lines * args.plan.blocks, of_head = block % in_head;
   const int line = of_head / args.plan.blocks, in_line = of_head % args.plan.blocks;
   const int group = call.heads / call.kv_heads;
-  const int warp_key = static_cast<int>(threadIdx.x) / kWarp * kMatrix;
-  const BackwardMemory<T, D> memory;
-  const Dropout dropout = FULL ? seeded(call.dropout, call.rng) : Dropout();
-  float* dquery = args.dquery + in_line * args.dquery_share;
+  const int warp_key = warp_id() * kMatrix;
+  const BackwardMemory<T, D, FULL> memory;
   const bool biased = FULL && args.dbias != nullptr && part == 0;
 
   for (int slot = in_line; slot < args.plan.slots; slot += args.plan.blocks) {
     const Slot place = slot_at(line * args.plan.slots + slot, call.cu_k, call.count, call.sk, kKeyTile);
-    const Sequence s = sequence_of(call, place.sequence);
-    const int key_tile = place.tile * kKeyTile;
-    if (key_tile >= s.sk) continue;
-    const uint64_t ignored = ignored_keys(call, s, key_tile);
-    const Range seeing = queries_seeing(call, s, key_tile, min(key_tile + kKeyTile, s.sk) - 1);
-    const int first = seeing.begin / kQueries * kQueries;
-    const int tiles = ignored == ~uint64_t{0} ? 0 : max(0, (seeing.end - first + kQueries - 1) / kQueries);
-    const int items = group * tiles;
-    const auto copy_item = [&](int item) {
+    KeyBlock keys{.s = sequence_of(call, place.sequence),
+                  .key_head = block / in_head,
+                  .key_tile = place.tile * kKeyTile,
+                  .of_head = of_head,
+                  .share = in_line};
+    const Sequence& s = keys.s;
+    if (keys.key_tile >= s.sk) continue;
+    if constexpr (FULL) keys.dropout = seeded(call.dropout, call.rng);
+    keys.ignored = ignored_keys(call, s, keys.key_tile);
+    const Range seeing = queries_seeing(call, s, keys.key_tile, min(keys.key_tile + kKeyTile, s.sk) - 1);
+    keys.first = seeing.begin / kQueries * kQueries;
+    keys.tiles = keys.ignored == ~uint64_t{0} ? 0 : max(0, (seeing.end - keys.first + kQueries - 1) / kQueries);
+    const int items = group * keys.tiles;
+    const auto copy_item = [&](const KeyBlock& keys, int item) {
       if (item < items)
-        memory.copy_queries(args, s, key_head * group + item / tiles, first + item % tiles * kQueries, item % kBuffers);
+        memory.copy_queries(args, keys.s, keys.head(item, group), keys.query_tile(item, kQueries), item % kBuffers);
       commit_copies();
     };
 
@@ -146,25 +150,30 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     clear(dvalue);
     DiagonalSums<T, D> diagonals(call.distances);
     sync_block();  // nobody reads the tile before
-    if (items > 0) memory.copy_keys(call, s, key_head, key_tile);
-    copy_item(0);
+    if (threadIdx.x == 0) memory.key_block()[0] = keys;
+    if (items > 0) memory.copy_keys(call, s, keys.key_head, keys.key_tile);
+    copy_item(keys, 0);
     for (int item = 0; item < items; ++item) {
-      const int head = key_head * group + item / tiles, query_tile = first + item % tiles * kQueries;
-      const int buffer = item % kBuffers;
-      if constexpr (kBuffers == 2) copy_item(item + 1);
+      if (item == 0) sync_block();  // what is known of the keys is there
+      const KeyBlock keys = memory.key_block()[0];
+      const int head = keys.head(item, group), query_tile = keys.query_tile(item, kQueries), buffer = item % kBuffers;
+      if constexpr (kBuffers == 2) copy_item(keys, item + 1);
       wait_copies<kBuffers - 1>();
       sync_block();  // queries are there, and nobody reads the scores before these
       ScoreTile<kQueries / 8> tile;
-      score_gradients<T, D, FULL>(args, s, head, key_tile, ignored, query_tile, buffer, dropout, memory, tile);
-      multiply_weights(tile.weights, memory.douts(buffer), part * kColumns, dvalue);
+      score_gradients<T, D, FULL>(args, keys, head, query_tile, buffer, memory, tile);
+      Operand<1, kQueries / kMatrix> operand;
+      convert<T>(tile.weights, operand);
+      multiply_weights<T>(operand, memory.douts(buffer), part * kColumns, dvalue);
       if constexpr (FULL) {
         if (biased) {
-          float* sums = args.dbias + (int64_t{of_head} * call.heads + head) * call.distances;
-          memory.scores.put(warp_key, tile.gradients[0]);
+          float* sums = args.dbias + (int64_t{keys.of_head} * call.heads + head) * call.distances;
+          convert<T>(tile.gradients, operand);
+          memory.scores.put(warp_key, operand[0]);
           sync_block();
-          diagonals.add(memory.scores, key_tile - query_tile - s.shift, sums);
+          diagonals.add(memory.scores, keys.key_tile - query_tile - keys.s.shift, sums);
           sync_block();
-          if ((item + 1) % tiles == 0) diagonals.flush(shared_memory<float>(2 * kTile.key_bytes(D), 8), sums);
+          if ((item + 1) % keys.tiles == 0) diagonals.flush(shared_memory<float>(2 * kTile.key_bytes(D), 8), sums);
         }
         if (call.softcap != 0) {
 #pragma unroll
@@ -173,28 +182,34 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
             for (int i = 0; i < 4; ++i) tile.gradients[0][n][i] *= tile.derivatives[n][i];
         }
       }
-      multiply_weights(tile.gradients, memory.queries(buffer), part * kColumns, dkey);
-      memory.scores.put(warp_key, tile.gradients[0]);
+      convert<T>(tile.gradients, operand);
+      multiply_weights<T>(operand, memory.queries(buffer), part * kColumns, dkey);
+      memory.scores.put(warp_key, operand[0]);
       sync_block();  // scores are there, and nobody reads the queries any more
-      if constexpr (kBuffers == 1) copy_item(item + 1);
-      add_query_gradient(args, s, head, query_tile, part, memory, dquery);
+      if constexpr (kBuffers == 1) copy_item(keys, item + 1);
+      add_query_gradient(args, keys, head, query_tile, part, memory);
     }
     wait_copies<0>();
     sync_block();  // nobody reads keys and values any more
 
+    const KeyBlock same = memory.key_block()[0];
     const auto write = [&](const Tile<T, kKeyTile, kColumns>& by, const Heads& to, float (&sums)[1][kColumns / 8][4],
                            float factor) {
 #pragma unroll
       for (auto& numbers : sums[0])
 #pragma unroll
         for (float& number : numbers) number *= factor;
-      by.put(warp_key, sums[0]);
+      const int row = opaque(warp_key);
+      Operand<1, kColumns / kMatrix> converted;
+      convert<T>(sums, converted);
+      by.put(row, converted[0]);
       sync_warp();
-      by.template store_rows<kMatrix>(warp_key, to.at<T>(s.batch, key_head, s.key + key_tile) + part * kColumns, to.row,
-                                      s.sk - key_tile, call.dim - part * kColumns);
+      by.template store_rows<kMatrix>(
+          row, to.at<T>(same.s.batch, same.key_head, same.s.key + same.key_tile) + part * kColumns, to.row,
+          same.s.sk - same.key_tile, call.dim - part * kColumns);
     };
     write(Tile<T, kKeyTile, kColumns>(0), args.dkey, dkey, call.scale);
-    write(Tile<T, kKeyTile, kColumns>(kTile.key_bytes(D)), args.dvalue, dvalue, static_cast<float>(dropout.scale));
+    write(Tile<T, kKeyTile, kColumns>(kTile.key_bytes(D)), args.dvalue, dvalue, static_cast<float>(same.dropout.scale));
   }
 }
 
@@ -202,7 +217,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
 
 template <class T, int D, bool FULL>
 void attention_backward(const AttentionBackward& args, Stream stream) {
-  constexpr BackwardTile kTile = backward_tile(D);
+  constexpr BackwardTile kTile = backward_tile(D, FULL);
   const int64_t blocks = int64_t{args.plan.lines} * args.plan.blocks * args.call.kv_heads * kTile.parts;
   if (blocks > 0)
     launch(attention_backward_tile<T, D, FULL>,

@@ -68,8 +68,9 @@ struct OnlineSoftmax {
 // Scores outside the band, of ignored keys and beyond the last one become -inf, others what they are with all that is
 // added. first: the query of the thread's first row.
 template <class T, bool FULL, int M, int N>
-__device__ inline void finish_scores(const Attention& call, const Sequence& s, const Scoring<T>* scoring, int first,
-                                     int tile, uint64_t ignored, bool cut, float (&scores)[M][N][4]) {
+__device__ inline void finish_scores(const Attention& call, const Sequence& s, int head, int first, int tile,
+                                     uint64_t ignored, bool cut, float (&scores)[M][N][4]) {
+  const Scoring<T> scoring(call, s, head);
   const int column = 2 * (lane_id() % 4);
   const uint64_t mine = ignored >> column;
 #pragma unroll
@@ -89,7 +90,7 @@ __device__ inline void finish_scores(const Attention& call, const Sequence& s, c
             score = -kInfinity;
           } else if constexpr (FULL) {
             float derivative;
-            score = (*scoring)(score, query, tile + column + key, derivative);
+            score = scoring(score, query, tile + column + key, derivative);
           }
         }
     }
@@ -117,6 +118,15 @@ __device__ inline void drop_weights(const Dropout& dropout, uint32_t head, int f
       }
 }
 
+// What boundary tiles and the end need of a block.
+template <class T>
+struct alignas(16) ForwardBlock {
+  Sequence s;
+  int head, first, rows;
+  Range whole;  // keys that all of its queries see
+  const T *keys, *values;
+};
+
 template <class T, int D, bool FULL>
 __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
     attention_forward_tile(const __grid_constant__ AttentionForward args) {
@@ -131,20 +141,29 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
   const Sequence s = sequence_of(call, place.sequence);
   const int first = place.tile * kQueries, rows = min(kQueries, s.sq - first);
   if (rows <= 0) return;
-  const int key_head = head / (call.heads / call.kv_heads);
-  const Range seen = keys_seen(call, s, first, first + rows - 1);
+  const int key_head = head / (call.heads / call.kv_heads), last = first + rows - 1;
+  const Range seen = keys_seen(call, s, first, last);
 
+  using Block = ForwardBlock<T>;
+  static_assert(sizeof(Block) <= kFactBytes);
+  const Shared<Block> facts = shared_memory<Block>(kTile.tile_bytes(D), 1);
+  const Block all = {.s = s,
+                     .head = head,
+                     .first = first,
+                     .rows = rows,
+                     .whole = keys_all_see(call, s, first, last),
+                     .keys = call.key.at<const T>(s.batch, key_head, s.key),
+                     .values = call.value.at<const T>(s.batch, key_head, s.key)};
+  if (threadIdx.x == 0) facts[0] = all;
   const Tile<T, kQueries, D> queries(0);
   const Tile<T, kKeyTile, D> keys(queries.kBytes), values(queries.kBytes + keys.kBytes);
-  const T* of_keys = call.key.at<const T>(s.batch, key_head, s.key);
-  const T* of_values = call.value.at<const T>(s.batch, key_head, s.key);
-  const auto copy = [&](const Tile<T, kKeyTile, D>& to, const T* from, int64_t stride, int tile) {
-    to.template copy_rows<kThreads>(from + tile * stride, stride, s.sk - tile, call.dim);
+  const auto copy = [&](const Tile<T, kKeyTile, D>& to, const Block& block, const T* from, int64_t stride, int tile) {
+    to.template copy_rows<kThreads>(from + tile * stride, stride, block.s.sk - tile, call.dim);
     commit_copies();
   };
   // The first tile from `tile` on that has a key which is not ignored, and which those are.
   uint64_t ignored = 0;
-  const auto seek = [&](int tile) {
+  const auto seek = [&](const Sequence& s, int tile) {
     for (; tile < seen.end; tile += kKeyTile) {
       ignored = ignored_keys(call, s, tile);
       if (ignored != ~uint64_t{0}) break;
@@ -153,47 +172,51 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
   };
 
   // A warp whose queries are all beyond the last one takes part in copies and barriers only.
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarp * kMatrix * M, first_row = warp_row + lane_id() / 4;
+  const int warp_row = warp_id() * kMatrix * M, first_row = warp_row + lane_id() / 4;
   const bool works = warp_row < rows;
-  const Scoring<T> scoring(call, s, head);
   const Dropout dropout = FULL ? seeded(call.dropout, call.rng) : Dropout();
   const float factor = FULL ? 1.0f : call.scale * kLog2E;
   OnlineSoftmax<M> softmax;
   float out[M][D / 8][4];
   clear(out);
 
-  int tile = seek(seen.begin / kKeyTile * kKeyTile);
+  int tile = seek(s, seen.begin / kKeyTile * kKeyTile);
   queries.template copy_rows<kThreads>(call.query.at<const T>(s.batch, head, s.query + first), call.query.row, rows,
                                        call.dim);
-  copy(keys, of_keys, call.key.row, tile);
+  copy(keys, all, all.keys, call.key.row, tile);
   while (tile < seen.end) {
     wait_copies<0>();
     sync_block();  // keys are there, and nobody reads the values before these
-    copy(values, of_values, call.value.row, tile);
-    float scores[M][kKeyTile / 8][4];
-    clear(scores);
-    if (works) multiply_rows(queries, opaque(warp_row), keys, scores);
-    wait_copies<0>();
-    sync_block();  // values are there, and nobody reads the keys any more
-    const uint64_t ignored_here = ignored;
-    const int next = seek(tile + kKeyTile);
-    if (next < seen.end) copy(keys, of_keys, call.key.row, next);
+    Block block = facts[0];
+    copy(values, block, block.values, call.value.row, tile);
+    Operand<M, kKeyTile / kMatrix> weights;
     if (works) {
-      const bool cut =
-          ignored_here != 0 || (FULL && rows < kQueries) || !sees_whole_tile(call, s, first, first + rows - 1, tile);
-      if (FULL || cut) finish_scores<T, FULL>(call, s, &scoring, first + first_row, tile, ignored_here, cut, scores);
+      float scores[M][kKeyTile / 8][4];
+      clear(scores);
+      multiply_rows(queries, opaque(warp_row), keys, scores);
+      const bool cut = ignored != 0 || (FULL && block.rows < kQueries) || !block.whole.has(tile, kKeyTile);
+      if (FULL || cut)
+        finish_scores<T, FULL>(call, block.s, block.head, block.first + first_row, tile, ignored, cut, scores);
       softmax.add(scores, factor, out);
       if constexpr (FULL) {
         if (dropout)
-          drop_weights(dropout, static_cast<uint32_t>(s.index * call.heads + head), first + first_row, tile, scores);
+          drop_weights(dropout, static_cast<uint32_t>(block.s.index * call.heads + block.head), block.first + first_row,
+                       tile, scores);
       }
-      multiply_weights(scores, values, opaque(0), out);
+      convert<T>(scores, weights);
     }
+    wait_copies<0>();
+    sync_block();  // values are there, and nobody reads the keys any more
+    block = facts[0];
+    const int next = seek(block.s, tile + kKeyTile);
+    if (next < seen.end) copy(keys, block, block.keys, call.key.row, next);
+    if (works) multiply_weights<T>(weights, values, opaque(0), out);
     tile = next;
   }
   wait_copies<0>();
   sync_block();  // all copies have ended
   if (!works) return;
+  const Block block = facts[0];
 
 #pragma unroll
   for (int m = 0; m < M; ++m) {
@@ -202,23 +225,26 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
       float total = softmax.total[m][half];
       total += shuffle_xor(total, 1);
       total += shuffle_xor(total, 2);
-      const float norm = total == 0 ? 0 : static_cast<float>(dropout.scale) / total;
+      const float norm = total == 0 ? 0 : static_cast<float>(dropout.scale) * reciprocal_approx(total);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) out[m][n][i] *= norm;
       const int row = first_row + kMatrix * m + 8 * half;
-      if (lane_id() % 4 == 0 && row < rows) {
-        // Natural, and as near to the score as a row with a single key has it.
-        const float lse = softmax.peak[m][half] * factor * (1 / kLog2E) + logf(total);
-        store(args.lse + row_index(call, s, head, first + row), total == 0 ? -kInfinity : lse);
+      if (lane_id() % 4 == 0 && row < block.rows) {
+        const float lse = (softmax.peak[m][half] * factor + log2_approx(total)) * (1 / kLog2E);
+        store(args.lse + row_index(call, block.s, block.head, block.first + row), total == 0 ? -kInfinity : lse);
       }
     }
-    queries.put(warp_row + kMatrix * m, out[m]);  // the queries of this warp, which nobody else reads
   }
+  Operand<M, D / kMatrix> converted;
+  convert<T>(out, converted);
+#pragma unroll
+  for (int m = 0; m < M; ++m) queries.put(warp_row + kMatrix * m, converted[m]);  // its own, which nobody else reads
   sync_warp();
-  queries.template store_rows<kMatrix * M>(warp_row, args.out.at<T>(s.batch, head, s.query + first), args.out.row, rows,
-                                           call.dim);
+  queries.template store_rows<kMatrix * M>(warp_row,
+                                           args.out.at<T>(block.s.batch, block.head, block.s.query + block.first),
+                                           args.out.row, block.rows, call.dim);
 }
 
 // --- host ---

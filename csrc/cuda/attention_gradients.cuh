@@ -5,10 +5,24 @@
 
 namespace pyllm::cuda {
 
+// A tile of keys, and what its block knows of it. Its items are the tiles of queries that see it, head by head.
+struct alignas(16) KeyBlock {
+  Sequence s;
+  int key_head, key_tile;
+  int of_head, share;        // the block among those of its head; where it adds to dQ
+  int first = 0, tiles = 0;  // of queries
+  Dropout dropout = {};
+  uint64_t ignored = 0;
+
+  __device__ int head(int item, int group) const { return key_head * group + item / tiles; }
+  __device__ int query_tile(int item, int size) const { return first + item % tiles * size; }
+};
+static_assert(sizeof(KeyBlock) <= kFactBytes);
+
 // Of a block: where its tiles lie in shared memory.
-template <class T, int D>
+template <class T, int D, bool FULL>
 struct BackwardMemory {
-  static constexpr BackwardTile kTile = backward_tile(D);
+  static constexpr BackwardTile kTile = backward_tile(D, FULL);
   static constexpr int kQueries = kTile.queries, kThreads = kTile.kThreads;
   using Keys = Tile<T, kKeyTile, D>;
   using Queries = Tile<T, kQueries, D>;
@@ -23,6 +37,8 @@ struct BackwardMemory {
     return shared_memory<Row>(begin(buffer) + 2 * kTile.query_bytes(D),
                               kRowBytes * kQueries / static_cast<int>(sizeof(Row)));
   }
+
+  __device__ Shared<KeyBlock> key_block() const { return shared_memory<KeyBlock>(kTile.last_buffer(D), 1); }
 
   __device__ void copy_keys(const Attention& call, const Sequence& s, int head, int tile) const {
     const auto copy = [&](const Keys& to, const Heads& from) {
@@ -55,10 +71,11 @@ struct BackwardMemory {
 // lane makes one of the calls for the warp's keys, the first of which is `key`, and its neighbours ask for theirs.
 template <int N>
 struct KeptWeights {
-  uint32_t low = 0, high = 0;
+  uint32_t low = ~0u, high = ~0u;
 
-  __device__ KeptWeights(const Dropout& dropout, uint32_t head, int query, int key) {
+  __device__ void draw(const Dropout& dropout, uint32_t head, int query, int key) {
     static_assert(N <= 8);
+    low = high = 0;
     const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -93,21 +110,23 @@ struct ScoreTile {
 
 // P' (dropout applied, but for its factor) and dS' (before the softcap).
 template <class T, int D, bool FULL>
-__device__ inline void score_gradients(const AttentionBackward& args, const Sequence& s, int head, int key_tile,
-                                       uint64_t ignored, int query_tile, int buffer, const Dropout& dropout,
-                                       const BackwardMemory<T, D>& memory,
-                                       ScoreTile<backward_tile(D).queries / 8>& tile) {
-  constexpr int kQueries = backward_tile(D).queries, N = kQueries / 8;
+__device__ inline void score_gradients(const AttentionBackward& args, const KeyBlock& keys, int head, int query_tile,
+                                       int buffer, const BackwardMemory<T, D, FULL>& memory,
+                                       ScoreTile<backward_tile(D, FULL).queries / 8>& tile) {
+  constexpr int kQueries = backward_tile(D, FULL).queries, N = kQueries / 8;
   const Attention& call = args.call;
-  const int warp_key = static_cast<int>(threadIdx.x) / kWarp * kMatrix;
+  const Sequence& s = keys.s;
+  const int key_tile = keys.key_tile;
+  const uint64_t ignored = keys.ignored;
+  const int warp_key = warp_id() * kMatrix;
   clear(tile.weights);
   clear(tile.gradients);
   multiply_rows(memory.keys, opaque(warp_key), memory.queries(buffer), tile.weights);
   multiply_rows(memory.values, opaque(warp_key), memory.douts(buffer), tile.gradients);
 
   const int last = min(query_tile + kQueries, s.sq) - 1;
-  const bool cut =
-      ignored != 0 || (FULL && query_tile + kQueries > s.sq) || !sees_whole_tile(call, s, query_tile, last, key_tile);
+  const bool cut = ignored != 0 || (FULL && query_tile + kQueries > s.sq) ||
+                   !keys_all_see(call, s, query_tile, last).has(key_tile, kKeyTile);
   const int g = lane_id() / 4, t = lane_id() % 4, query = query_tile + 2 * t;
   Range seeing[2];  // by the thread's two keys, in queries from its first on
   if (cut) {
@@ -144,27 +163,24 @@ __device__ inline void score_gradients(const AttentionBackward& args, const Sequ
         if constexpr (FULL) tile.derivatives[n][2 * half + i] = derivative;
       }
   }
-  const auto differentiate = [&](auto&& kept, float kept_factor) {
+  KeptWeights<N> kept;
+  float kept_factor = 1;
+  if (FULL && keys.dropout) {
+    kept.draw(keys.dropout, static_cast<uint32_t>(s.index * call.heads + head), query_tile, key_tile + warp_key);
+    kept_factor = static_cast<float>(keys.dropout.scale);
+  }
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const Pair row = rows[4 * n + t];
+  for (int n = 0; n < N; ++n) {
+    const Pair row = rows[4 * n + t];
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float &weight = tile.weights[0][n][2 * half + i], &gradient = tile.gradients[0][n][2 * half + i];
-          const bool keep = kept(n, half, i);
-          gradient = weight * ((keep ? gradient * kept_factor : 0) - row.at[i].delta);
-          if (!keep) weight = 0;
-        }
-    }
-  };
-  if (FULL && dropout) {
-    const KeptWeights<N> kept(dropout, static_cast<uint32_t>(s.index * call.heads + head), query_tile,
-                              key_tile + warp_key);
-    differentiate(kept, static_cast<float>(dropout.scale));
-  } else {
-    differentiate([](int, int, int) { return true; }, 1.0f);
+      for (int i = 0; i < 2; ++i) {
+        float &weight = tile.weights[0][n][2 * half + i], &gradient = tile.gradients[0][n][2 * half + i];
+        const bool keep = !FULL || kept(n, half, i);
+        gradient = weight * ((keep ? gradient * kept_factor : 0) - row.at[i].delta);
+        if (!keep) weight = 0;
+      }
   }
 }
 

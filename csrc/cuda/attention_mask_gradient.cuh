@@ -24,7 +24,7 @@ __device__ inline void store_element(const Array& dmask, int64_t at, float sum) 
 template <class T, int D>
 __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     attention_mask_tile(const __grid_constant__ MaskGradient args) {
-  constexpr BackwardTile kTile = backward_tile(D);
+  constexpr BackwardTile kTile = backward_tile(D, true);
   constexpr int kQueries = kTile.queries, N = kQueries / 8;
   const Attention& call = args.backward.call;
   const bool has_rows = args.rows != 1, has_columns = args.columns != 1;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
   const Range sequences = all(mask_sequence, args.sequences, call.count),
               heads = all(mask_head, args.heads, call.heads);
 
-  const BackwardMemory<T, D> memory;
+  const BackwardMemory<T, D, true> memory;
   const Dropout dropout = seeded(call.dropout, call.rng);
   float sums[N][4] = {};
   for (int index = sequences.begin; index < sequences.end; ++index) {
@@ -50,21 +50,27 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     const int query_end = has_rows ? min(s.sq, row + kQueries) : s.sq;
     for (int head = heads.begin; head < heads.end; ++head) {
       for (int key = column; key < key_end; key += kKeyTile) {
-        const uint64_t ignored = ignored_keys(call, s, key);
-        if (ignored == ~uint64_t{0}) continue;
+        const KeyBlock keys{.s = s,
+                            .key_head = head / (call.heads / call.kv_heads),
+                            .key_tile = key,
+                            .of_head = 0,
+                            .share = 0,
+                            .dropout = dropout,
+                            .ignored = ignored_keys(call, s, key)};
+        if (keys.ignored == ~uint64_t{0}) continue;
         const Range seeing = queries_seeing(call, s, key, min(key + kKeyTile, s.sk) - 1);
         bool copied = false;
         for (int query = max(row, seeing.begin / kQueries * kQueries); query < min(query_end, seeing.end);
              query += kQueries) {
           sync_block();  // nobody reads the tiles before
-          if (!copied) memory.copy_keys(call, s, head / (call.heads / call.kv_heads), key);
+          if (!copied) memory.copy_keys(call, s, keys.key_head, key);
           copied = true;
           memory.copy_queries(args.backward, s, head, query, 0);
           commit_copies();
           wait_copies<0>();
           sync_block();
           ScoreTile<N> tile;
-          score_gradients<T, D, true>(args.backward, s, head, key, ignored, query, 0, dropout, memory, tile);
+          score_gradients<T, D, true>(args.backward, keys, head, query, 0, memory, tile);
 #pragma unroll
           for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -74,7 +80,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     }
   }
 
-  const int g = lane_id() / 4, t = lane_id() % 4, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int g = lane_id() / 4, t = lane_id() % 4, warp = warp_id();
   const int64_t first = (int64_t{mask_sequence} * args.heads + mask_head) * args.rows;
   const auto store_at = [&](int query, int key, float sum) {
     if (query < args.rows && key < args.columns)
@@ -126,7 +132,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
 
 template <class T, int D>
 void attention_mask_gradient(const MaskGradient& args, Stream stream) {
-  constexpr BackwardTile kTile = backward_tile(D);
+  constexpr BackwardTile kTile = backward_tile(D, true);
   const int64_t tiles = ceil_div(args.rows, kTile.queries) * ceil_div(args.columns, kKeyTile);
   const int64_t blocks = int64_t{args.sequences} * args.heads * tiles;
   if (blocks > 0)

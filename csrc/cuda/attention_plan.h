@@ -10,10 +10,11 @@
 
 namespace pyllm::cuda {
 
-inline constexpr int kKeyTile = 64;  // keys of a tile
-inline constexpr int kMatrix = 16;   // rows, and depth, of a product on tensor cores
-inline constexpr int kRowBytes = 8;  // of the statistics of a query in the backward
-inline constexpr int kMostShares = 8;
+inline constexpr int kKeyTile = 64;    // keys of a tile
+inline constexpr int kMatrix = 16;     // rows, and depth, of a product on tensor cores
+inline constexpr int kRowBytes = 8;    // of the statistics of a query in the backward
+inline constexpr int kFactBytes = 96;  // what is needed now and then: registers are short
+inline constexpr int kMostQueryShares = 8;
 
 // FULL: with more than a band and padding.
 struct ForwardTile {
@@ -21,7 +22,9 @@ struct ForwardTile {
   int squares;  // of 16 queries, of a warp: two where its accumulators leave room, so that what it reads of keys and
                 // values serves two products
   PYLLM_EVERYWHERE constexpr int threads() const { return kWarp * queries / (kMatrix * squares); }
-  PYLLM_EVERYWHERE constexpr int shared_bytes(int head_dim) const { return 2 * head_dim * (queries + 2 * kKeyTile); }
+  // In shared memory Q, K and V, and facts of the block.
+  PYLLM_EVERYWHERE constexpr int tile_bytes(int head_dim) const { return 2 * head_dim * (queries + 2 * kKeyTile); }
+  PYLLM_EVERYWHERE constexpr int shared_bytes(int head_dim) const { return tile_bytes(head_dim) + kFactBytes; }
 };
 
 PYLLM_EVERYWHERE constexpr ForwardTile forward_tile(int head_dim, bool full) {
@@ -36,7 +39,7 @@ struct BackwardTile {
   int parts;    // into which the columns of dK and dV are split, so that a warp can hold one
   static constexpr int kWarps = kKeyTile / kMatrix, kThreads = kWarp * kWarps;
 
-  // In shared memory K, V and dS', then the buffers of Q, dO and their statistics.
+  // In shared memory K, V and dS', then the buffers of Q, dO and their statistics, then facts of the block.
   PYLLM_EVERYWHERE constexpr int key_bytes(int head_dim) const { return 2 * head_dim * kKeyTile; }
   PYLLM_EVERYWHERE constexpr int query_bytes(int head_dim) const { return 2 * head_dim * queries; }
   PYLLM_EVERYWHERE constexpr int first_buffer(int head_dim) const {
@@ -45,13 +48,14 @@ struct BackwardTile {
   PYLLM_EVERYWHERE constexpr int buffer_bytes(int head_dim) const {
     return 2 * query_bytes(head_dim) + kRowBytes * queries;
   }
-  PYLLM_EVERYWHERE constexpr int shared_bytes(int head_dim) const {
+  PYLLM_EVERYWHERE constexpr int last_buffer(int head_dim) const {  // its end
     return first_buffer(head_dim) + buffers * buffer_bytes(head_dim);
   }
+  PYLLM_EVERYWHERE constexpr int shared_bytes(int head_dim) const { return last_buffer(head_dim) + kFactBytes; }
 };
 
-PYLLM_EVERYWHERE constexpr BackwardTile backward_tile(int head_dim) {
-  if (head_dim <= 96) return {64, 2, 1};
+PYLLM_EVERYWHERE constexpr BackwardTile backward_tile(int head_dim, bool full) {
+  if (head_dim <= 64) return {full ? 32 : 64, 2, 1};
   if (head_dim <= 128) return {32, 2, 1};
   if (head_dim <= 192) return {32, 1, 2};
   return {16, 2, 2};
@@ -92,8 +96,8 @@ inline BackwardPlan plan_backward(int64_t count, int64_t length, int64_t kv_head
   const int64_t lines = packed ? 1 : count, slots = slots_of(packed ? count : 1, length, kKeyTile, packed);
   int64_t blocks = slots;
   if (deterministic) {
-    const int64_t others = std::max<int64_t>(1, lines * kv_heads * backward_tile(head_dim).parts);
-    blocks = std::min({slots, int64_t{kMostShares}, ceil_div(2 * device.processors, others)});
+    const int64_t others = std::max<int64_t>(1, lines * kv_heads * backward_tile(head_dim, false).parts);
+    blocks = std::min({slots, int64_t{kMostQueryShares}, ceil_div(2 * device.processors, others)});
   }
   return {static_cast<int>(lines), static_cast<int>(slots), static_cast<int>(blocks),
           deterministic ? static_cast<int>(blocks) : 1};

@@ -24,11 +24,19 @@ __device__ inline uint32_t pack(float low, float high) {
   return bits;
 }
 
-// Columns k ... k + 15 of accumulators as the first operand of a product.
-template <class T, int N>
-__device__ inline void first_operand(const float (&c)[N][4], int k, uint32_t (&a)[4]) {
+// 16 M rows by 16 K columns, converted, as the first operand of a product.
+template <int M, int K>
+using Operand = uint32_t[M][K][4];
+
+template <class T, int M, int N>
+__device__ inline void convert(const float (&c)[M][N][4], Operand<M, N / 2>& a) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = pack<T>(c[k / 8 + i / 2][i % 2 * 2], c[k / 8 + i / 2][i % 2 * 2 + 1]);
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        a[m][n / 2][n % 2 * 2 + half] = pack<T>(c[m][n][2 * half], c[m][n][2 * half + 1]);
 }
 
 // ROWS x COLUMNS numbers in chunks of 8, which lie in a row in an order that depends on it: the same chunk of any 8
@@ -65,15 +73,14 @@ class Tile {
     load_matrices<TRANSPOSED>(numbers_, 8 * place(row + lane_id() % 16, column / 8 + lane_id() / 16), out);
   }
 
-  // A warp's accumulators, converted, into the columns from 0 and the rows from `row` on.
-  template <int N>
-  __device__ void put(int row, const float (&c)[N][4]) const {
+  // A warp's numbers, converted, into the columns from 0 and the rows from `row` on.
+  template <int K>
+  __device__ void put(int row, const uint32_t (&a)[K][4]) const {
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+    for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        pairs_[4 * place(row + 8 * half + lane_id() / 4, n) + lane_id() % 4] =
-            pack<T>(c[n][2 * half], c[n][2 * half + 1]);
+      for (int i = 0; i < 4; ++i)
+        pairs_[4 * place(row + i % 2 * 8 + lane_id() / 4, 2 * k + i / 2) + lane_id() % 4] = a[k][i];
   }
 
   // Writes COUNT rows from `row` on that are below `rows`, to[0] being row 0's; by the warp that has put them there.
@@ -130,22 +137,20 @@ __device__ inline void multiply_rows(const Tile<T, ROWS_A, DEPTH>& a, int row, c
   }
 }
 
-// c += a b, of accumulators a and 8 N columns of b from `column` on.
+// c += a b, of 8 N columns of b from `column` on.
 template <class T, int DEPTH, int COLUMNS, int M, int N>
-__device__ inline void multiply_weights(const float (&a)[M][DEPTH / 8][4], const Tile<T, DEPTH, COLUMNS>& b, int column,
-                                        float (&c)[M][N][4]) {
+__device__ inline void multiply_weights(const Operand<M, DEPTH / kMatrix>& a, const Tile<T, DEPTH, COLUMNS>& b,
+                                        int column, float (&c)[M][N][4]) {
 #pragma unroll
   for (int k = 0; k < DEPTH; k += kMatrix) {
-    uint32_t of_a[M][4], of_b[4];
-#pragma unroll
-    for (int m = 0; m < M; ++m) first_operand<T>(a[m], k, of_a[m]);
+    uint32_t of_b[4];
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       b.template load_square<true>(k, column + 8 * n, of_b);
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        multiply_add<T>(c[m][n], of_a[m], of_b[0], of_b[1]);
-        multiply_add<T>(c[m][n + 1], of_a[m], of_b[2], of_b[3]);
+        multiply_add<T>(c[m][n], a[m][k / kMatrix], of_b[0], of_b[1]);
+        multiply_add<T>(c[m][n + 1], a[m][k / kMatrix], of_b[2], of_b[3]);
       }
     }
   }

@@ -119,6 +119,9 @@ __device__ __forceinline__ T shuffle_xor(T value, int lane_mask, unsigned mask =
   return __shfl_xor_sync(mask, value, lane_mask);
 }
 
+// By a shuffle, so that the compiler knows it to be the same in the whole warp, which must all call it.
+__device__ __forceinline__ int warp_id() { return shuffle(static_cast<int>(threadIdx.x / 32), 0); }
+
 __device__ __forceinline__ unsigned vote_ballot(bool predicate, unsigned mask = kAllLanes) {
   return __ballot_sync(mask, predicate);
 }

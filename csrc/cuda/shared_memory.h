@@ -17,8 +17,8 @@ inline std::vector<std::tuple<std::string, int, int>> shared_memory() {
   for (const int dim : kHeadDims) {
     told.emplace_back("attention_decode_split", dim, decode_shared_bytes(dim, kMostDecodeRows));
     told.emplace_back("attention_forward_tile", dim, forward_tile(dim, true).shared_bytes(dim));
-    told.emplace_back("attention_backward_tile", dim, backward_tile(dim).shared_bytes(dim));
-    told.emplace_back("attention_mask_tile", dim, backward_tile(dim).shared_bytes(dim));
+    told.emplace_back("attention_backward_tile", dim, backward_tile(dim, false).shared_bytes(dim));
+    told.emplace_back("attention_mask_tile", dim, backward_tile(dim, true).shared_bytes(dim));
   }
   return told;
 }

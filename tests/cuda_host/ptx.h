@@ -164,6 +164,8 @@ T shuffle_xor(T value, int lane_mask, unsigned mask = kAllLanes) {
   return detail::shuffled("shuffle_xor", value, lane_id() ^ (lane_mask & 31), mask);
 }
 
+inline int warp_id() { return shuffle(static_cast<int>(threadIdx.x / 32), 0); }
+
 inline unsigned vote_ballot(bool predicate, unsigned mask = kAllLanes) {
   return detail::voted("vote_ballot", predicate, mask);
 }
