@@ -31,7 +31,8 @@ from pyllm.benchmarks.measure import DTYPES, OVERHEAD_PASSES, Case, Result, firs
 ELEMENTS = 2**26  # of a large tensor: its bytes are several times what a cache holds
 TOKENS = 2**14
 ROW_PEERS = ("compile", "liger", "triton")
-ATTENTION_PEERS = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex")
+ATTENTION_PEERS = ("native", "triton", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex")
+DECODING_PEERS = ("native", "triton")  # and eager: SDPA on the whole cache
 GRACE = 30  # seconds that a part may be over its limit, a long kernel or program not yet ended
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 
@@ -173,13 +174,29 @@ def softmaxes(run: Run) -> Report:
     return _measured(run, planned, ROW_PEERS)
 
 
-def attention(run: Run) -> Report:
-    planned = []
-    for length in (2048, 8192, 16384):
-        for dim in (128, 64):
-            shape = (TOKENS // length, 2048 // dim, length, dim)
-            planned += _cases("attention", [shape], variants=["causal", ""])
-    return _measured(run, planned, ATTENTION_PEERS)
+def attention_64(run: Run) -> Report:
+    return _attention(run, 64)
+
+
+def attention_128(run: Run) -> Report:
+    return _attention(run, 128)
+
+
+def attention_256(run: Run) -> Report:
+    return _attention(run, 256)
+
+
+def _attention(run: Run, dim: int) -> Report:
+    """Lengths from 512 to 16k of as many tokens, causal and not; the targets' lengths first."""
+    shapes = [(TOKENS // n, 2048 // dim, n, dim) for n in (16384, 2048, 8192, 4096, 1024, 512)]
+    return _measured(run, _cases("attention", shapes, variants=["causal", ""]), ATTENTION_PEERS)
+
+
+def decoding(run: Run) -> Report:
+    """One token on long caches: many sequences and one, as many key heads as heads and fewer; few keys at last."""
+    shapes = [(batch, 32, kv_heads, 16384, 128) for batch in (1, 16) for kv_heads in (8, 32)]
+    shapes += [(64, 16, 16, 2048, 64), (8, 16, 2, 8192, 256), (1, 32, 8, 131072, 128), (64, 32, 8, 512, 128)]
+    return _measured(run, _cases("attention_decode", shapes), DECODING_PEERS)
 
 
 def overhead(run: Run) -> Report:
@@ -247,7 +264,10 @@ def _measured(run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_en
 
 PARTS: dict[str, Callable[[Run], Report]] = {
     part.__name__: part
-    for part in (build, tests, sanitizer, races, ceilings, norms, softmaxes, attention, overhead, defaults)
+    for part in (
+        *(build, tests, sanitizer, races, ceilings, norms, softmaxes),
+        *(attention_128, attention_64, attention_256, decoding, overhead, defaults),
+    )
 }
 
 

@@ -41,8 +41,8 @@ class DecodeKernels:
         if not lse.numel():
             return out, lse
         pages = 1 if call.block_table is None else call.block_table.shape[1]
-        group = heads // kv_heads
-        plan = self.told("decode_plan", 3, batch, kv_heads, group * queries, pages * page_size, self.processors)
+        sizes = (batch, kv_heads, heads // kv_heads, queries, pages * page_size, call.left)
+        plan = self.told("decode_plan", 3, *sizes, self.processors)
         plan[2] = self.shares or plan[2]
         shares = plan[2] if plan[2] > 1 else 0
         partial_out = empty((shares, batch, heads, queries, dim), torch.float32)

@@ -6,6 +6,7 @@ import pytest
 import test_attention
 import torch
 from conftest import TARGETS
+from test_attention_decode import Case
 from test_rows import NAMES, call_of, outputs_and_gradients
 
 import pyllm
@@ -18,9 +19,9 @@ KERNELS = [t for t in TARGETS if t.values[0][1] == "cuda" and t.values[0][0] in 
 pytestmark = pytest.mark.parametrize("target", KERNELS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "attention_decode"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_row_operator_is_served(target, name, dtype):
+def test_every_operator_is_served(target, name, dtype):
     assert refusal(name, target[0], torch.device("cuda"), dtype) is None
 
 
@@ -144,3 +145,113 @@ def test_more_elements_than_32_bits_count(target, name):
         whole, alone = getattr(ops, name)(x, **others), getattr(ops, name)(last, **others_of_last)
     whole, alone = (y[0] if isinstance(y, tuple) else y for y in (whole, alone))
     torch.testing.assert_close(whole[-8:], alone)
+
+
+# --- decoding ---
+
+
+def decoding(length: int, **changed):
+    """(a function of the lengths and further inputs, the lengths, those inputs): new tokens on a cache nearly full."""
+    case = Case("", **({"lengths": (length, 3, length // 2), "capacity": length + 64, "dim": 64} | changed))
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    lengths = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
+
+    def call(lengths, query, key_cache, value_cache, **new):
+        out, lse = ops.attention_decode(query, key_cache, value_cache, lengths, **new, return_lse=True)
+        return out, lse, key_cache, value_cache
+
+    return call, lengths, inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads, kv_heads, new, dim", [(8, 8, 1, 64), (16, 2, 1, 128), (4, 1, 4, 80), (12, 4, 2, 256)])
+@pytest.mark.parametrize("page", [0, 64])
+def test_decoding_of_long_caches(target, page, heads, kv_heads, new, dim, dtype):
+    case = Case("", lengths=(8000, 0, 777), heads=heads, kv_heads=kv_heads, new=new, dim=dim, capacity=8192, page=page)
+    check(case.call, case.inputs(dtype, "cuda"), target[0])
+
+
+def test_decoding_in_a_graph_sees_the_lengths_of_its_replay(target):
+    call, lengths, inputs = decoding(2000, new=2, heads=8)
+    with use_backend(target[0]), torch.no_grad():
+        longer = call(lengths + 40, **{n: t.clone() for n, t in inputs.items()})
+        call(lengths, **{n: t.clone() for n, t in inputs.items()})
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(lengths, **inputs)
+        lengths += 40
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, longer, strict=True))
+
+
+def test_decoding_on_the_current_stream(target):
+    call, lengths, inputs = decoding(3000)
+    with use_backend(target[0]), torch.no_grad():
+        expected = call(lengths, **{n: t.clone() for n, t in inputs.items()})
+        late = {n: torch.zeros_like(t) for n, t in inputs.items()}
+        large = torch.rand(8192, 8192, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(4):
+                large = large @ large  # the inputs come late; whoever does not wait sees zeros
+            for n, t in late.items():
+                t.copy_(inputs[n])
+            actual = call(lengths, **late)
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_decoding_repeats(target):
+    call, lengths, inputs = decoding(5000, heads=8, new=3)
+    with use_backend(target[0]), torch.no_grad():
+        first = call(lengths, **{n: t.clone() for n, t in inputs.items()})
+        for _ in range(1000):
+            again = call(lengths, **inputs)  # which appends the same keys each time
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_decoding_on_another_gpu_than_the_current(target):
+    call, lengths, inputs = decoding(1000)
+    with use_backend(target[0]), torch.no_grad():
+        elsewhere = {n: t.to("cuda:1") for n, t in inputs.items()}
+        actual = call(lengths.to("cuda:1"), **elsewhere)
+        expected = call(lengths, **inputs)
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a.cpu(), e.cpu()) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changed, why",
+    [({"dim": 33}, "16 bytes at once"), ({"new": 9, "heads": 4}, "up to 16 queries"), ({"dtype": "fp64"}, "float64")],
+    ids=str,
+)
+def test_decoding_that_goes_to_triton(target, changed, why):
+    changed = dict(changed)
+    dtype = torch.float64 if changed.pop("dtype", None) else torch.bfloat16
+    case = Case("", **changed)
+    inputs = case.inputs(dtype, "cuda")
+    if target[0] == "native":
+        with use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run attention_decode: .*{why}"):
+            case.call(**inputs)
+        (choice,) = pyllm.explain(case.call, **inputs)
+        assert choice.backend == "triton" and why in choice.reason
+    else:
+        check(case.call, inputs, target[0])
+
+
+def test_caches_of_more_elements_than_32_bits_count(target):
+    """The last keys of a long cache, and the same ones alone."""
+    heads, dim, seen = 8, 128, 200
+    length = 2**31 // (heads * dim) + 64
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * heads * length * dim:
+        pytest.skip("too little memory on this GPU")
+    torch.use_deterministic_algorithms(False)  # which would fill results of gigabytes with NaN first
+    caches = [torch.randn(1, length, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2)]
+    query = torch.randn(1, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
+    with use_backend(target[0]), torch.no_grad():
+        lengths = torch.tensor([length], dtype=torch.int32, device="cuda")
+        whole = ops.attention_decode(query, *caches, lengths, window=(seen - 1, -1))
+        last = [cache[:, :, -seen:].contiguous() for cache in caches]
+        alone = ops.attention_decode(query, *last, torch.full_like(lengths, seen))
+    torch.testing.assert_close(whole, alone)

@@ -160,6 +160,17 @@ def test_what_the_kernel_refuses(changed, message):
     assert told is None if message is None else message in told
 
 
+def test_the_conditions_are_traced():
+    """As part of a compiled model, whole."""
+
+    def served(query, cache, lengths):
+        return query + (_unfit_for_native(query, cache, cache, lengths, *(None,) * 7, 1.0, 0.0, -1, 0, False) is None)
+
+    query, cache, lengths = torch.empty(2, 4, 1, 16), torch.empty(2, 2, 64, 16), torch.empty(2, dtype=torch.int32)
+    compiled = torch.compile(served, fullgraph=True, backend="eager", dynamic=True)
+    assert compiled(*(t.to("meta") for t in (query, cache, lengths))).shape == query.shape
+
+
 def test_work_split(kernels):
     """Every key that a query may see is in one share, whole tiles in one page, and no share is idle without need."""
     chance = random.Random(0)
@@ -167,11 +178,16 @@ def test_work_split(kernels):
         queries, processors = chance.choice((1, 1, 2, 5, 16, 300)), chance.choice((1, 2, 108, 132, 148))
         batch, kv_heads = chance.choice((1, 3, 64)), chance.choice((1, 8, 40))
         capacity = chance.choice((16, 300, 4096, 2**17, 2**30))
-        rows, tiles, shares = kernels.told("decode_plan", 3, batch, kv_heads, queries, capacity, processors)
-        assert rows in (1, 4, 8) and (tiles - 1) * rows < queries <= tiles * rows
-        assert 1 <= shares <= 128 and (shares == 1 or shares * 256 <= capacity)
-        assert shares == 1 or batch * kv_heads * tiles <= 4 * processors * 4, "a full machine gains nothing"
         total, left = chance.randint(0, min(capacity, 2**20)), chance.choice((-1, 0, 100, 5000))
+        group = chance.choice((1, 1, 4, 7))
+        sizes = (batch, kv_heads, group, queries, capacity, left)
+        rows, tiles, shares = kernels.told("decode_plan", 3, *sizes, processors)
+        assert rows in (1, 4, 8) and (tiles - 1) * rows < group * queries <= tiles * rows
+        read = capacity if left < 0 else min(capacity, left + queries + 16)
+        assert 1 <= shares <= 128 and (shares == 1 or shares * 256 <= read)
+        teams, slots = batch * kv_heads * tiles, processors * (4 if rows == 1 else 2)
+        assert shares == 1 or teams <= 6 * slots, "a full machine gains nothing"
+        assert teams * shares >= 0.42 * slots or shares > 0.8 * min(read // 256, 128), "processors without work"
         unit = 4 * chance.choice((4, 8, 16))
         parts = [kernels.told("share_of_keys", 2, total, queries, left, share, shares, unit) for share in range(shares)]
         seen = [part for part in parts if part[0] < part[1]]

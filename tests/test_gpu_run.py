@@ -15,6 +15,7 @@ from pyllm.benchmarks import exercise, gpu
 from pyllm.benchmarks.measure import Case
 
 ROOT = Path(__file__).parent.parent
+MEASURED = ("norms", "softmaxes", "attention_64", "attention_128", "attention_256", "decoding", "overhead")
 TESTS = ("-k", "test_large_scores and native")
 
 
@@ -27,7 +28,7 @@ def run(tmp_path) -> gpu.Run:
 def test_every_part_runs(part, run):
     one = gpu.run_part(part, run)
     assert one.state == "ok", "\n".join(one.lines)
-    if part in ("norms", "softmaxes", "attention", "overhead"):
+    if part in MEASURED:
         assert one.rows and not any(row["problem"] for row in one.rows)
         assert all(row["device"] == "cpu" and row["seconds_pyllm"] > 0 for row in one.rows)
     if part == "tests":
@@ -39,9 +40,9 @@ def test_every_part_runs(part, run):
 def test_the_plan_is_of_shapes_and_variants_that_the_benchmarks_have(run, monkeypatch):
     planned: list[Case] = []
     monkeypatch.setattr(gpu, "_measured", lambda run, cases, *_, **__: planned.extend(cases))
-    for part in (gpu.norms, gpu.softmaxes, gpu.attention, gpu.overhead):
-        part(run)
-    assert len(planned) == len({str(case) for case in planned}) > 80
+    for part in MEASURED:
+        gpu.PARTS[part](run)
+    assert len(planned) == len({str(case) for case in planned}) > 140
     for case in planned:
         assert len(case.shape) == len(case.benchmark.tiny) and case.variant in case.benchmark.variants
 

@@ -64,8 +64,8 @@ void decode(const DecodeCall& call) {
       .distances = call.distance_bias.has_value() ? narrow(call.distance_bias->size(1), "distances") : 0,
       .slopes = floats(call.slopes),
       .slopes_sequence = call.slopes.has_value() && call.slopes->size(0) > 1 ? narrow(call.heads, "heads") : 0,
-      .plan = cuda::plan_decode(call.batch, call.kv_heads, call.heads / call.kv_heads * call.queries,
-                                narrow(call.capacity, "keys"), place.device()),
+      .plan = cuda::plan_decode(call.batch, call.kv_heads, call.heads / call.kv_heads, call.queries,
+                                narrow(call.capacity, "keys"), call.left, place.device()),
       .out = heads_of(call.out),
       .lse = static_cast<float*>(call.lse.data_ptr())};
   if (call.key.has_value()) {

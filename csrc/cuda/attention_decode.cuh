@@ -12,12 +12,14 @@
 namespace pyllm::cuda {
 
 inline constexpr int kRowsOfBlock = kSmallBlock / kWarp;
+inline constexpr int kRowBlocks = 4;  // that a processor is to hold, so that threads keep to 128 registers
 
 // This warp's row among those of all blocks.
 __device__ inline int64_t warp_row() { return int64_t{blockIdx.x} * kRowsOfBlock + threadIdx.x / kWarp; }
 
 template <class T>
-__global__ void __launch_bounds__(kSmallBlock) attention_decode_append(const __grid_constant__ AttentionDecode args) {
+__global__ void __launch_bounds__(kSmallBlock, kRowBlocks)
+    attention_decode_append(const __grid_constant__ AttentionDecode args) {
   const int64_t index = warp_row();
   if (index >= int64_t{args.batch} * args.kv_heads * args.added) return;
   const int added = static_cast<int>(index % args.added);
@@ -35,38 +37,31 @@ __global__ void __launch_bounds__(kSmallBlock) attention_decode_append(const __g
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSmallBlock) attention_decode_merge(const __grid_constant__ AttentionDecode args) {
-  constexpr int E = kElements<T>, HELD = kMostShares / kWarp;
+__global__ void __launch_bounds__(kSmallBlock, kRowBlocks)
+    attention_decode_merge(const __grid_constant__ AttentionDecode args) {
+  constexpr int E = kElements<T>;
   const int64_t rows = int64_t{args.batch} * args.heads * args.queries, row = warp_row();
   if (row >= rows) return;
-  float weights[HELD], peak = -kInfinity, total = 0;  // of shares lane_id(), lane_id() + 32, ...
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    const int share = i * kWarp + lane_id();
-    weights[i] = share < args.plan.shares ? load(args.partial_lse + share * rows + row) : -kInfinity;
-    peak = fmaxf(peak, weights[i]);
-  }
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) peak = fmaxf(peak, shuffle_xor(peak, offset));
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) total += weights[i] = expf(weights[i] - finite_peak(peak));
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) total += shuffle_xor(total, offset);
+  const auto lse = [&](int share) { return load(args.partial_lse + share * rows + row); };
+  float peak = -kInfinity, total = 0;
+  for (int share = lane_id(); share < args.plan.shares; share += kWarp) peak = fmaxf(peak, lse(share));
+  peak = combine<Max, 1, kWarp>(peak);
+  const float shift = finite_peak(peak);
+  for (int share = lane_id(); share < args.plan.shares; share += kWarp) total += expf(lse(share) - shift);
+  total = combine<Sum, 1, kWarp>(total);
   const float divisor = total == 0 ? 1.0f : total;
 
   const int query = static_cast<int>(row % args.queries), head = static_cast<int>(row / args.queries % args.heads);
   T* mOut = args.out.at<T>(row / args.queries / args.heads, head, query);
-  for (int first = 0; first < args.dim; first += kWarp * E) {
-    const int column = first + lane_id() * E;
+  for (int column = lane_id() * E; column < args.dim; column += kWarp * E) {
     float sums[E] = {};
+#pragma unroll 4
+    for (int share = 0; share < args.plan.shares; ++share) {
+      const float weight = expf(lse(share) - shift);
+      const auto part = load_chunk<true, E>(args.partial_out + (share * rows + row) * args.dim, column, args.dim);
 #pragma unroll
-    for (int i = 0; i < HELD; ++i)
-      for (int share = i * kWarp; share < min(args.plan.shares, (i + 1) * kWarp); ++share) {
-        const float weight = shuffle(weights[i], share % kWarp);
-        const auto part = load_chunk<true, E>(args.partial_out + (share * rows + row) * args.dim, column, args.dim);
-#pragma unroll
-        for (int e = 0; e < E; ++e) sums[e] += weight * part.at[e];
-      }
+      for (int e = 0; e < E; ++e) sums[e] += weight * part.at[e];
+    }
     Chunk<T, E> out;
 #pragma unroll
     for (int e = 0; e < E; ++e) out.at[e] = from_float<T>(sums[e] / divisor);

@@ -50,14 +50,6 @@ __device__ inline float sum_dealt_out(float (&values)[N]) {
   return values[0];
 }
 
-// Combines a value over the warp's lanes of FIRST to LAST - 1, as powers of two.
-template <class Op, int FIRST, int LAST>
-__device__ inline float combine(float value) {
-#pragma unroll
-  for (int offset = FIRST; offset < LAST; offset *= 2) value = Op::of(value, shuffle_xor(value, offset));
-  return value;
-}
-
 template <class T, int D, int R>
 inline constexpr DecodeTile kDecodeTile = decode_tile(D, sizeof(T), R);
 

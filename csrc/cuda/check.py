@@ -191,8 +191,7 @@ def markdown(rows: Sequence[Row], compiler: str) -> str:
         "than 1 KiB for reductions, and up to 4 KiB for sums of columns); fewest 128-bit loads and stores of global",
         "memory among its instructions, and of HMMA, LDGSTS (asynchronous copies) and LDSM in its loops.",
         "",
-        f"{sum(row.instances for row in rows)} kernels. Attention of head_dim above 128 may use local memory, no other",
-        "kernel.",
+        f"{sum(row.instances for row in rows)} kernels. Only attention of head_dim above 128 may use local memory.",
         "",
         "| kernel | dtypes | head_dim | architecture | instances | registers | local | static | launched "
         "| loads | stores | HMMA | LDGSTS | LDSM |",

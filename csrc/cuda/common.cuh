@@ -153,6 +153,14 @@ struct Max {
   static constexpr float kNeutral = -__builtin_inff();
 };
 
+// Combines a value over the lanes of a warp that differ in the bits from FIRST up to, without it, LAST.
+template <class Op, int FIRST, int LAST>
+__device__ inline float combine(float value) {
+#pragma unroll
+  for (int offset = FIRST; offset < LAST; offset *= 2) value = Op::of(value, shuffle_xor(value, offset));
+  return value;
+}
+
 // The threads that share a row; all of a block make the same reductions, in the same order.
 class Team {
  public:

@@ -43,13 +43,13 @@ struct DecodePlan {
   int rows, tiles, shares;
 };
 
-// teams: blocks without shares. slots: blocks that run at once. The fewest shares that fill the machine, round by
-// round, nearly as well as any number.
-inline int plan_shares(int64_t teams, int64_t slots, int64_t capacity) {
+// teams: blocks without shares. slots: blocks that run at once. keys: the most that a sequence has to read. The fewest
+// shares that fill the machine, round by round, nearly as well as any number.
+inline int plan_shares(int64_t teams, int64_t slots, int64_t keys) {
   const auto filled = [&](int64_t shares) {
     return static_cast<double>(teams * shares) / static_cast<double>(ceil_div(teams * shares, slots) * slots);
   };
-  const int64_t most = std::clamp<int64_t>(capacity / kLeastShare, 1, kMostShares);
+  const int64_t most = std::clamp<int64_t>(keys / kLeastShare, 1, kMostShares);
   double best = 0;
   for (int64_t shares = 1; shares <= most; ++shares) best = std::max(best, filled(shares));
   int shares = 1;
@@ -57,13 +57,14 @@ inline int plan_shares(int64_t teams, int64_t slots, int64_t capacity) {
   return shares;
 }
 
-// queries: of a sequence and key head. capacity: keys that a sequence may have; the lengths stay on the device.
-inline DecodePlan plan_decode(int64_t batch, int64_t kv_heads, int64_t queries, int64_t capacity,
-                              const Device& device) {
-  const int rows = queries <= 1 ? 1 : queries <= 4 ? 4 : kMostDecodeRows;
-  const int64_t tiles = ceil_div(queries, rows);
-  const int64_t resident = rows == 1 ? 4 : 2;  // as their registers allow
-  return {rows, static_cast<int>(tiles), plan_shares(batch * kv_heads * tiles, resident * device.processors, capacity)};
+// group: heads that share a key head. capacity: keys that a sequence may have; the lengths stay on the device.
+inline DecodePlan plan_decode(int64_t batch, int64_t kv_heads, int64_t group, int64_t queries, int64_t capacity,
+                              int64_t left, const Device& device) {
+  const int rows = group * queries <= 1 ? 1 : group * queries <= 4 ? 4 : kMostDecodeRows;
+  const int64_t tiles = ceil_div(group * queries, rows);
+  const int64_t resident = rows == 1 ? 4 : 2;  // blocks of a processor, as their registers allow
+  const int64_t keys = left < 0 ? capacity : std::min(capacity, left + queries + kPageUnit);
+  return {rows, static_cast<int>(tiles), plan_shares(batch * kv_heads * tiles, resident * device.processors, keys)};
 }
 
 struct KeyRange {

@@ -57,9 +57,10 @@ const char* attention_decode(void* query, int64_t dtype, void* key_cache, void* 
 }
 
 // {rows, tiles, shares}
-void decode_plan(int64_t* out, int64_t batch, int64_t kv_heads, int64_t queries, int64_t capacity, int64_t processors) {
+void decode_plan(int64_t* out, int64_t batch, int64_t kv_heads, int64_t group, int64_t queries, int64_t capacity,
+                 int64_t left, int64_t processors) {
   const cuda::Device device{.processors = static_cast<int>(processors)};
-  const cuda::DecodePlan plan = cuda::plan_decode(batch, kv_heads, queries, capacity, device);
+  const cuda::DecodePlan plan = cuda::plan_decode(batch, kv_heads, group, queries, capacity, left, device);
   out[0] = plan.rows;
   out[1] = plan.tiles;
   out[2] = plan.shares;
