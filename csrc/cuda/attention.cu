@@ -11,11 +11,7 @@
 namespace pyllm {
 namespace {
 
-int narrow(int64_t number, const char* what) {
-  STD_TORCH_CHECK(number <= cuda::kMaxWidth, "pyllm: the CUDA kernels take up to ", cuda::kMaxWidth, " ", what,
-                  ", got ", number);
-  return static_cast<int>(number);
-}
+using cuda::narrow;
 
 // Whether rows (B, H, S, D) can be copied 16 bytes at a time.
 bool is_aligned(const Tensor& t) {
@@ -42,7 +38,8 @@ const float* floats(const OptionalTensor& biases) {
 }
 
 float* zeros(Tensor& sums, cudaStream_t stream) {
-  cuda::check_call(cudaMemsetAsync(sums.data_ptr(), 0, sums.numel() * sums.element_size(), stream), "cudaMemsetAsync");
+  const size_t bytes = sums.numel() * sums.element_size();
+  if (bytes > 0) cuda::check_call(cudaMemsetAsync(sums.data_ptr(), 0, bytes, stream), "cudaMemsetAsync");
   return static_cast<float*>(sums.data_ptr());
 }
 
