@@ -43,7 +43,7 @@ STABLE_TORCH_LIBRARY(pyllm, m) {
   m.def("attention_fwd(" PYLLM_ATTENTION_CALL ") -> (Tensor, Tensor)");
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool mask_gradient, bool bias_gradient,"
-      " " PYLLM_ATTENTION_CALL ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " bool deterministic, " PYLLM_ATTENTION_CALL ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "attention_decode_fwd(Tensor query, Tensor(a1!) key_cache, Tensor(a2!) value_cache, Tensor cache_seqlens,"
       " Tensor? block_table, Tensor? key, Tensor? value, Tensor? cos, Tensor? sin, Tensor? distance_bias,"

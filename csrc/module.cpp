@@ -36,6 +36,10 @@ PYBIND11_MODULE(_C, m) {
       "attention_tile", [] { return std::pair(pyllm::kQueryBlock, pyllm::kKeyBlock); },
       "Queries and keys of a tile of attention's scores on the CPU.");
   m.def(
+      "cuda_attention_tile",
+      [](int dim) { return std::pair(pyllm::cuda::forward_tile(dim, true).queries, pyllm::cuda::kKeyTile); },
+      "Queries and keys of a tile of attention's scores on CUDA, forward.", pybind11::arg("head_dim"));
+  m.def(
       "cpu_isa", [] { return std::string(pyllm::isa_name(pyllm::chosen_isa())); },
       "The instruction set in use: the best of this processor, or PYLLM_CPU_ISA.");
 }

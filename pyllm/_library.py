@@ -77,6 +77,8 @@ def cuda_refusal(op: str, dtype: torch.dtype) -> str | None:
     """Why the loaded CUDA library cannot serve an operator in this dtype, or None if it can."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyllm::{op}_fwd", "CUDA"):
         return "it has no CUDA C++ kernel"
+    if op == "attention" and dtype in (torch.float32, torch.float64):
+        return "its CUDA C++ kernels run on tensor cores and take bfloat16 and float16 only"
     if dtype == torch.float64:
         return "its CUDA C++ kernels compute in float32 and take no float64"
     return None

@@ -1,5 +1,6 @@
 """Calls of attention as test cases: what the inputs are, and how the operator is called on them."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 
@@ -38,6 +39,11 @@ class Case:
     lengths: tuple[tuple[int, int], ...] | None = None
     fits_torch: bool = False
     options: dict = field(default_factory=dict)
+
+    def on_tensor_cores(self) -> "Case":
+        """The case with a head_dim and a layout that the CUDA C++ kernels take."""
+        layout = "bshd" if self.layout == "bhds" else self.layout
+        return dataclasses.replace(self, dim=-(-self.dim // 8) * 8, layout=layout)
 
     def inputs(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         """Leaf tensors by name; `call` makes query, key and value of them."""

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import test_attention
 import torch
 from conftest import TARGETS
 from test_attention_decode import Case
@@ -102,6 +103,21 @@ def test_a_parameter_on_another_device(target):
             ops.softmax(x, attn_mask=torch.ones(3, 8, dtype=torch.bool))
         with pytest.raises(RuntimeError, match="add_rms_norm: residual must be on the device of x"):
             ops.add_rms_norm(x, x.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c.on_tensor_cores() for c in test_attention.CASES], ids=lambda case: case.name)
+def test_attention_on_tensor_cores(target, case, dtype):
+    check(case.call, case.inputs(dtype, "cuda"), target[0])
+
+
+@pytest.mark.parametrize("change", [lambda x: x.float(), lambda x: x[..., :36], lambda x: x[..., 1:41]])
+def test_what_attention_on_tensor_cores_cannot_serve(target, change):
+    query, key, value = (change(torch.randn(2, 4, 9, 64, device="cuda", dtype=torch.bfloat16)) for _ in range(3))
+    if target[0] == "native":
+        with use_backend("native"), pytest.raises(RuntimeError, match="cannot run attention: its CUDA C"):
+            ops.attention(query, key, value)
+        assert pyllm.explain(ops.attention, query, key, value)[0].backend == "triton"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -77,7 +77,7 @@ def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
         yield "attention_fwd", call
         out = torch.randn_like(call[0].transpose(1, 2).contiguous()).transpose(1, 2)
         lse = torch.randn(call[0].shape[:3], dtype=statistics, device=device)
-        dlse, asked = (lse, (True, True)) if call is full else (None, (False, False))
+        dlse, asked = (lse, (True, True, True)) if call is full else (None, (False, False, False))
         yield "attention_bwd", (out, dlse, out, lse, *asked, *call)
     lengths = torch.tensor([3, 0], dtype=torch.int32, device=device)
     table = torch.tensor([[0, 2], [1, 3]], dtype=torch.int32, device=device)

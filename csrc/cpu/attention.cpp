@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention_operators.h"
 #include "cpu/attention_binding.h"
 
 namespace pyllm {
@@ -32,15 +33,6 @@ OptionalTensor with_readable_columns(const OptionalTensor& mask) {
   return readable ? mask : OptionalTensor(torch::stable::contiguous(*mask));
 }
 
-// The operators' arguments, in their order.
-struct Arguments {
-  const Tensor &query, &key, &value;
-  const OptionalTensor &mask, &padding, &distance_bias, &slopes, &cu_seqlens_q, &cu_seqlens_k, &rng;
-  double scale, softcap, dropout_p;
-  int64_t left, right;
-  bool bottom_right;
-};
-
 // Where the packed sequences begin among `rows` rows, and the end.
 const int32_t* bounds_of(const OptionalTensor& cu_seqlens, int64_t count, int64_t rows) {
   STD_TORCH_CHECK(cu_seqlens.has_value() && cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
@@ -54,7 +46,7 @@ const int32_t* bounds_of(const OptionalTensor& cu_seqlens, int64_t count, int64_
 
 int64_t panels_of(const Sequence& sequence) { return (sequence.sk + kPanel - 1) / kPanel; }
 
-std::vector<Sequence> sequences_of(const Arguments& given) {
+std::vector<Sequence> sequences_of(const AttentionArguments& given) {
   const int64_t batches = given.query.size(0), sq = given.query.size(2), sk = given.key.size(2);
   const bool packed = given.cu_seqlens_q.has_value();
   std::vector<Sequence> sequences;
@@ -96,7 +88,7 @@ struct Call {
   std::vector<Sequence> sequences;
   Attention args;
 
-  Call(const Arguments& given, Keys Attention::* summed)
+  Call(const AttentionArguments& given, Keys Attention::* summed)
       : query(with_contiguous_rows(given.query)),
         key(readable(given.key)),
         value(readable(given.value)),
@@ -169,28 +161,21 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
-                                         const OptionalTensor& mask, const OptionalTensor& padding,
-                                         const OptionalTensor& distance_bias, const OptionalTensor& slopes,
-                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                         const OptionalTensor& rng, double scale, double softcap, double dropout_p,
-                                         int64_t left, int64_t right, bool bottom_right) {
-  const Call call({query, key, value, mask, padding, distance_bias, slopes, cu_seqlens_q, cu_seqlens_k, rng, scale,
-                   softcap, dropout_p, left, right, bottom_right},
-                  &Attention::value);
+std::tuple<Tensor, Tensor> forward(const AttentionArguments& given) {
+  const Call call(given, &Attention::value);
   const Attention& args = call.args;
-  Tensor out = new_like(query);
-  Tensor lse = uninitialised(query, {args.batches, args.heads, args.sq}, statistics_type(query));
+  Tensor out = new_like(given.query);
+  Tensor lse = uninitialised(out, {args.batches, args.heads, args.sq}, statistics_type(out));
   std::vector<QueryBlock> blocks;  // of a causal sequence the one with most keys first, so that threads end together
   for (const Sequence& sequence : call.sequences)
     for (int64_t index = blocks_of(sequence.sq) - 1; index >= 0; --index) blocks.push_back({&sequence, index});
-  const AttentionForward forward{.call = args,
-                                 .out = heads_of(out),
-                                 .lse = lse.data_ptr(),
-                                 .blocks = blocks.data(),
-                                 .block_count = static_cast<int64_t>(blocks.size())};
-  run_tasks(call.in_pairs() ? pick_attention_fwd_pairs() : pick_attention_fwd(), forward,
-            args.heads * forward.block_count, call.work());
+  const AttentionForward tasks{.call = args,
+                               .out = heads_of(out),
+                               .lse = lse.data_ptr(),
+                               .blocks = blocks.data(),
+                               .block_count = static_cast<int64_t>(blocks.size())};
+  run_tasks(call.in_pairs() ? pick_attention_fwd_pairs() : pick_attention_fwd(), tasks, args.heads * tasks.block_count,
+            call.work());
   return {out, lse};
 }
 
@@ -223,43 +208,39 @@ void zero(Tensor& t) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
-    const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& out_in, const Tensor& lse_in,
-    bool mask_gradient, bool bias_gradient, const Tensor& query, const Tensor& key, const Tensor& value,
-    const OptionalTensor& mask, const OptionalTensor& padding, const OptionalTensor& distance_bias,
-    const OptionalTensor& slopes, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const OptionalTensor& rng, double scale, double softcap, double dropout_p, int64_t left, int64_t right,
-    bool bottom_right) {
-  const Call call({query, key, value, mask, padding, distance_bias, slopes, cu_seqlens_q, cu_seqlens_k, rng, scale,
-                   softcap, dropout_p, left, right, bottom_right},
-                  &Attention::key);
+AttentionGradients backward(const AttentionGradientArguments& given) {
+  const Call call(given.call, &Attention::key);
+  const Tensor &query = given.call.query, &key = given.call.key, &value = given.call.value;
+  const OptionalTensor &mask = given.call.mask, &distance_bias = given.call.distance_bias;
+  const bool mask_gradient = given.mask_gradient, bias_gradient = given.bias_gradient;
   const Attention& args = call.args;
-  const Tensor dout = with_contiguous_rows(dout_in), out = with_contiguous_rows(out_in), lse = as_contiguous(lse_in);
-  const OptionalTensor dlse = as_contiguous(dlse_in);
+  const Tensor dout = with_contiguous_rows(given.dout), out = with_contiguous_rows(given.out),
+               lse = as_contiguous(given.lse);
+  const OptionalTensor dlse = as_contiguous(given.dlse);
   Tensor dquery = new_like(query), dkey = new_like(key), dvalue = new_like(value);
   const int64_t parts = parts_of(call), keys = args.batches * args.sk, summed = 2 * args.biases.reach + 1;
   const ScalarType statistics = statistics_type(query);
   const bool single = parts == 1;
   Tensor partials = uninitialised(query, {single ? 0 : args.kv_heads, parts, 2, keys, padded_width(query)}, statistics);
   Tensor bias_partials = uninitialised(query, {bias_gradient ? args.heads : 0, args.count * parts, summed}, statistics);
-  AttentionBackward backward{.call = args,
-                             .out = heads_of(out),
-                             .dout = heads_of(dout),
-                             .dquery = heads_of(dquery),
-                             .dkey = heads_of(dkey),
-                             .dvalue = heads_of(dvalue),
-                             .lse = lse.data_ptr(),
-                             .dlse = dlse.has_value() ? dlse->data_ptr() : nullptr,
-                             .partials = single ? nullptr : partials.data_ptr(),
-                             .bias_partials = bias_gradient ? bias_partials.data_ptr() : nullptr,
-                             .parts = parts};
+  AttentionBackward tasks{.call = args,
+                          .out = heads_of(out),
+                          .dout = heads_of(dout),
+                          .dquery = heads_of(dquery),
+                          .dkey = heads_of(dkey),
+                          .dvalue = heads_of(dvalue),
+                          .lse = lse.data_ptr(),
+                          .dlse = dlse.has_value() ? dlse->data_ptr() : nullptr,
+                          .partials = single ? nullptr : partials.data_ptr(),
+                          .bias_partials = bias_gradient ? bias_partials.data_ptr() : nullptr,
+                          .parts = parts};
   Tensor dmask = mask_gradient ? uninitialised(*mask, mask->sizes()) : uninitialised(query, {0});
   const bool broadcast = mask_gradient && is_broadcast(args, *mask);
   if (mask_gradient && !broadcast) {
     zero(dmask);
-    backward.dmask = {array(dmask), dmask.stride(0), dmask.stride(1), dmask.stride(2), 1};
+    tasks.dmask = {array(dmask), dmask.stride(0), dmask.stride(1), dmask.stride(2), 1};
   }
-  run_tasks(call.in_pairs() ? pick_attention_bwd_pairs() : pick_attention_bwd(), backward,
+  run_tasks(call.in_pairs() ? pick_attention_bwd_pairs() : pick_attention_bwd(), tasks,
             args.count * args.kv_heads * parts, call.work());
 
   if (!single) {
@@ -270,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
                            .parts = parts,
                            .sk = args.sk,
                            .dim = args.dim,
-                           .scale = scale,
+                           .scale = given.call.scale,
                            .value_scale = args.dropout.scale};
     parallel_for(0, args.kv_heads * keys, rows_per_task(args.dim),
                  [&, kernel = pick_attention_key_gradient()](int64_t begin, int64_t end) { kernel(sums, begin, end); });
@@ -287,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   }
 
   if (broadcast) {
-    const MaskGradient gradient{.backward = backward,
+    const MaskGradient gradient{.backward = tasks,
                                 .dmask = array(dmask),
                                 .sequences = mask->size(0),
                                 .heads = mask->size(1),
@@ -301,9 +282,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyllm, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
-  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(pyllm, CPU, m) { AttentionOperators<forward, backward>::implement(m); }
 
 }  // namespace pyllm

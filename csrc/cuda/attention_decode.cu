@@ -7,11 +7,7 @@
 namespace pyllm {
 namespace {
 
-int narrow(int64_t number, const char* what) {
-  STD_TORCH_CHECK(number <= cuda::kMaxWidth, "pyllm: the CUDA kernels take up to ", cuda::kMaxWidth, " ", what,
-                  ", got ", number);
-  return static_cast<int>(number);
-}
+using cuda::narrow;
 
 const float* floats(const OptionalTensor& t) {
   if (!t.has_value()) return nullptr;

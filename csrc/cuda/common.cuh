@@ -40,6 +40,7 @@ __device__ inline T from_float(float value) {
 // --- softmax ---
 
 inline constexpr float kInfinity = __builtin_inff();
+inline constexpr float kLargest = 3.4e38f;
 inline constexpr float kLog2E = 1.4426950408889634f;
 
 // Of a T: 16 bits do not show what the quick way loses.

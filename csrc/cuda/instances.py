@@ -8,12 +8,30 @@ from collections.abc import Sequence
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # others are padded, in the kernel, to the next
 
-# (header, the element types of each unit, launcher): what takes longest to compile first.
+# (header, the element types of each unit, launchers): what takes longest to compile first.
 KERNELS = (
+    (
+        "attention_backward",
+        (("bf16", "f16"),),
+        tuple(
+            f"void attention_backward<{{T}}, {{D}}, {full}>(const AttentionBackward&, Stream)"
+            for full in ("true", "false")
+        ),
+    ),
+    (
+        "attention_forward",
+        (("bf16", "f16"),),
+        tuple(f"void attention_forward<{{T}}, {{D}}, {full}>(AttentionForward, Stream)" for full in ("true", "false")),
+    ),
+    (
+        "attention_mask_gradient",
+        (("bf16", "f16"),),
+        ("void attention_mask_gradient<{T}, {D}>(const MaskGradient&, Stream)",),
+    ),
     (
         "attention_decode_split",
         (("float", "bf16", "f16"),),
-        "void decode_split<{T}, {D}>(const AttentionDecode&, Stream)",
+        ("void decode_split<{T}, {D}>(const AttentionDecode&, Stream)",),
     ),
 )
 
@@ -21,10 +39,10 @@ KERNELS = (
 def instances(head_dims: Sequence[int] = HEAD_DIMS) -> dict[str, str]:
     """The name and the source of each unit, in the order in which to compile them: the longest first."""
     units = {}
-    for header, types_of_units, launcher in KERNELS:
+    for header, types_of_units, launchers in KERNELS:
         for dim in sorted(head_dims, reverse=True):
             for types in types_of_units:
-                lines = [f"template {launcher.format(T=element, D=dim)};" for element in types]
+                lines = [f"template {one.format(T=element, D=dim)};" for element in types for one in launchers]
                 units["_".join((header, *types, str(dim)))] = "\n".join(
                     [f'#include "cuda/{header}.cuh"', "", "namespace pyllm::cuda {", *lines, "}", ""]
                 )

@@ -11,9 +11,10 @@
 
 namespace pyllm::cuda {
 
-// The word that holds the random numbers of an even column (low half) and the next.
-__device__ inline uint32_t random_word(const Dropout& dropout, uint32_t head, uint32_t row, uint32_t column) {
-  uint32_t c0 = column / 32 * 4 + column % 8 / 2, c1 = row, c2 = head, c3 = dropout.offset;
+// Call `call` of a row: word w has the numbers of columns 32 (call / 4) + 8 w + 2 (call % 4), low half, and the next.
+__device__ inline void random_words(const Dropout& dropout, uint32_t head, uint32_t row, uint32_t call,
+                                    uint32_t (&words)[4]) {
+  uint32_t c0 = call, c1 = row, c2 = head, c3 = dropout.offset;
   uint32_t k0 = dropout.seed_low, k1 = dropout.seed_high;
 #pragma unroll 1  // unrolled, the keys of all rounds would wait in registers
   for (int round = 0; round < 10; ++round) {
@@ -25,8 +26,18 @@ __device__ inline uint32_t random_word(const Dropout& dropout, uint32_t head, ui
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// The word that holds the random numbers of an even column (low half) and the next.
+__device__ inline uint32_t random_word(const Dropout& dropout, uint32_t head, uint32_t row, uint32_t column) {
+  uint32_t words[4];
+  random_words(dropout, head, row, column / 32 * 4 + column % 8 / 2, words);
   const uint32_t word = column % 32 / 8;
-  return word == 0 ? c0 : word == 1 ? c1 : word == 2 ? c2 : c3;
+  return word == 0 ? words[0] : word == 1 ? words[1] : word == 2 ? words[2] : words[3];
 }
 
 // Bit e says whether dropout keeps column + e. A negative column stands for none; its bits mean nothing.

@@ -79,6 +79,12 @@ class Place {
   cudaStream_t stream_;
 };
 
+// A size as kernels take it.
+inline int narrow(int64_t number, const char* what) {
+  STD_TORCH_CHECK(number <= kMaxWidth, "pyllm: the CUDA kernels take up to ", kMaxWidth, " ", what, ", got ", number);
+  return static_cast<int>(number);
+}
+
 // A row's width as kernels take it.
 inline int row_width(const Rows& rows) {
   STD_TORCH_CHECK(rows.width <= kMaxWidth, "pyllm: the CUDA kernels take rows of up to ", kMaxWidth, " elements, got ",

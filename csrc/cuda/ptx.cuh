@@ -1,7 +1,11 @@
-// What the kernels ask of the device beyond C++: memory accesses, shared memory, warps, barriers, clusters, launches.
+// What the kernels ask of the device beyond C++: memory accesses, shared memory, warps, barriers, clusters, tensor
+// cores, asynchronous copies, launches.
 // The only file with inline PTX, and the only one that knows of the model on the host: compiled by another compiler
 // than nvcc, the same names come from tests/cuda_host.
 #pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -115,6 +119,9 @@ __device__ __forceinline__ T shuffle_xor(T value, int lane_mask, unsigned mask =
   return __shfl_xor_sync(mask, value, lane_mask);
 }
 
+// By a shuffle, so that the compiler knows it to be the same in the whole warp, which must all call it.
+__device__ __forceinline__ int warp_id() { return shuffle(static_cast<int>(threadIdx.x / 32), 0); }
+
 __device__ __forceinline__ unsigned vote_ballot(bool predicate, unsigned mask = kAllLanes) {
   return __ballot_sync(mask, predicate);
 }
@@ -181,6 +188,89 @@ __device__ __forceinline__ void store_remote(Shared<T> shared, int64_t index, in
   remote(shared, index, rank) = value;
 }
 
+// The same number, of which the compiler does not know that: what follows from it is computed where it stands, and not
+// kept in registers from before a loop.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// --- asynchronous copies to shared memory and tensor cores, since sm_80 ---
+
+namespace detail {
+template <class T>
+__device__ __forceinline__ unsigned shared_address(Shared<T> shared, int index) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(&shared[index]));
+}
+}  // namespace detail
+
+// `count` elements, 8 or 16 bytes and as aligned, of global memory, or zeros if they are not present. They are there
+// for this thread after wait_copies, for others after a barrier that follows.
+template <class T>
+__device__ __forceinline__ void copy_async(Shared<T> shared, int index, const T* from, int count, bool present) {
+  const unsigned to = detail::shared_address(shared, index), bytes = present ? count * sizeof(T) : 0;
+  if (count * sizeof(T) == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
+  }
+}
+
+// Ends a group of copies.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+// Waits for all groups but the last GROUPS.
+template <int GROUPS>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(GROUPS) : "memory");
+}
+
+// N matrices of 8 x 8 elements of 16 bits, in a layout that multiply_add takes; lane 8 i + r says where row r of matrix
+// i begins, at a multiple of 16 bytes.
+template <bool TRANSPOSED, int N, class T>
+__device__ __forceinline__ void load_matrices(Shared<T> shared, int index, uint32_t (&out)[N]) {
+  static_assert(sizeof(T) == 2 && (N == 1 || N == 2 || N == 4));
+  const unsigned from = detail::shared_address(shared, index);
+  if constexpr (N == 4 && TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(from));
+  } else if constexpr (N == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(from));
+  } else if constexpr (N == 2 && TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(from));
+  } else if constexpr (N == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(from));
+  } else if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(from));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(from));
+  }
+}
+
+// c += a b over the warp: a 16 x 16, b 16 x 8, c 16 x 8 in fp32. With g = lane / 4 and t = lane % 4, register r of a
+// holds row g + 8 (r % 2), columns 2t + 8 (r / 2) and the next; b0 column g, rows 2t and the next, b1 8 rows further;
+// element i of c is row g + 8 (i / 2), column 2t + i % 2.
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
 // --- approximations; results and arguments below the normal range are 0 ---
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -192,6 +282,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
 __device__ __forceinline__ float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/attention_plan.h"
 #include "cuda/decode_plan.h"
 #include "cuda/head_dim.h"
 
@@ -13,8 +14,12 @@ namespace pyllm::cuda {
 // (kernel, head_dim, the most bytes of dynamic shared memory) of the kernels that are templates of head_dim.
 inline std::vector<std::tuple<std::string, int, int>> shared_memory() {
   std::vector<std::tuple<std::string, int, int>> told;
-  for (const int dim : kHeadDims)
+  for (const int dim : kHeadDims) {
     told.emplace_back("attention_decode_split", dim, decode_shared_bytes(dim, kMostDecodeRows));
+    told.emplace_back("attention_forward_tile", dim, forward_tile(dim, true).shared_bytes(dim));
+    told.emplace_back("attention_backward_tile", dim, backward_tile(dim, false).shared_bytes(dim));
+    told.emplace_back("attention_mask_tile", dim, backward_tile(dim, true).shared_bytes(dim));
+  }
   return told;
 }
 

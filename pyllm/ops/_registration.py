@@ -117,16 +117,21 @@ def if_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
 
 
 def on_kernels(
-    make: Callable[..., Implementation], *kernels: Kernel, tiles: Callable[..., str] | None = None
+    make: Callable[..., Implementation],
+    *kernels: Kernel,
+    tiles: Callable[..., str] | None = None,
+    unfit_for_native: Callable[..., str | None] | None = None,
 ) -> dict[str, Implementation]:
     """The implementations of an operator on its registered kernels, one for each kernel backend that there is.
 
     make takes the overloads of the kernels, of which the first names the operator. tiles(backend, *arguments of the
-    operator) tells the tile sizes; without it the kernel takes whole rows.
+    operator) tells the tile sizes; without it the kernel takes whole rows. unfit_for_native: why the compiled kernels
+    cannot serve a call, or None.
     """
+    unfit = {"native": unfit_for_native}
     by_backend = {name: [getattr(k, name) for k in kernels] for name in ("native", "triton")}
     return {
-        name: replace(make(*overloads), kernel=named_kernel(name, overloads[0], tiles))
+        name: replace(make(*overloads), unfit=unfit.get(name), kernel=named_kernel(name, overloads[0], tiles))
         for name, overloads in by_backend.items()
         if None not in overloads
     }

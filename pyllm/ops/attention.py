@@ -279,6 +279,7 @@ def attention_bwd(
     lse: Tensor,
     mask_gradient: bool,
     bias_gradient: bool,
+    deterministic: bool,  # whether sums must not depend on timing
     *args: AttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # dquery, dkey, dvalue; dattn_mask and ddistance_bias, each (0,) unless asked for
@@ -320,7 +321,7 @@ def _forward_flops(*args, **_):
     return 4 * call.query.shape[-1] * _pairs(call)
 
 
-def _backward_flops(dout, dlse, out, lse, mask_gradient, bias_gradient, *args, **_):
+def _backward_flops(dout, dlse, out, lse, mask_gradient, bias_gradient, deterministic, *args, **_):
     call = AttentionCall(*args)
     return 10 * call.query.shape[-1] * _pairs(call)
 
@@ -349,7 +350,7 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
             *tensors, out, lse = ctx.saved_tensors
             dout = torch.zeros_like(out) if dout is None else dout
             wanted = dict(zip(AttentionCall._fields, ctx.needs_input_grad, strict=True))
-            asked = (wanted["attn_mask"], wanted["distance_bias"])
+            asked = (wanted["attn_mask"], wanted["distance_bias"], torch.are_deterministic_algorithms_enabled())
             dquery, dkey, dvalue, dmask, dbias = bwd(dout, dlse, out, lse, *asked, *tensors, *ctx.options)
             rest = (None,) * (len(wanted) - 6)
             return dquery, dkey, dvalue, dmask if asked[0] else None, None, dbias if asked[1] else None, *rest
@@ -395,12 +396,29 @@ def _unfit_for_sdpa(*args) -> str | None:
     return None
 
 
+def _unfit_for_native(*args) -> str | None:
+    call = AttentionCall(*args[:-1])
+    if call.query.is_cpu:
+        return None
+    if call.query.shape[-1] % 8:
+        return f"its CUDA C++ kernels take a head_dim that is a multiple of 8, and this one is {call.query.shape[-1]}"
+    step, traced = 16 // call.query.element_size(), torch.compiler.is_compiling()
+    for name in ("query", "key", "value"):
+        rows = getattr(call, name)
+        # Dynamo does not know where a view begins; the kernels' binding looks again.
+        places = (*rows.stride()[:3], 0 if traced else rows.storage_offset())
+        if rows.stride(3) != 1 or any(place % step for place in places):
+            return f"its CUDA C++ kernels copy 16 bytes at once, and rows of {name} do not begin at multiples of that"
+    return None
+
+
 def _tiles(backend: str, *args) -> str:
     """Of the forward: queries x keys, and Triton's warps and stages."""
     if backend == "native":
         from pyllm import _C
 
-        return " x ".join(map(str, _C.attention_tile()))
+        query = args[0]
+        return " x ".join(map(str, _C.attention_tile() if query.is_cpu else _C.cuda_attention_tile(query.shape[-1])))
     from pyllm.kernels.attention import forward_tiles
 
     sizes = forward_tiles(*args[:-1])
@@ -414,7 +432,7 @@ def _reference(*args):
 
 ATTENTION = Operator(
     "attention",
-    on_kernels(_on, attention_fwd, attention_bwd, tiles=_tiles)
+    on_kernels(_on, attention_fwd, attention_bwd, tiles=_tiles, unfit_for_native=_unfit_for_native)
     | {
         "torch": Implementation(_sdpa, _unfit_for_sdpa, kernel="scaled_dot_product_attention"),
         "reference": Implementation(_reference, fused=False),

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cuda/ptx.cuh"
+#include "cuda_host/copies.h"
 #include "cuda_host/fiber.h"
 #include "cuda_host/shared.h"
 
@@ -43,6 +44,7 @@ struct Thread {
   unsigned mask = 0;               // of the lanes that it waits for
   bool ended = false;
   int64_t cluster_phase = -1;  // that it arrived in, and has not yet waited for
+  Copies copies;
 };
 
 struct Barrier {
@@ -211,7 +213,8 @@ void run_cluster(int64_t first_block, const Launch& shape) {
     fibers[id]->start(run_thread);
     threads.push_back({.block = &blocks[id / shape.block],
                        .index = id % shape.block,
-                       .observer = {.id = static_cast<uint32_t>(id), .others = nothing}});
+                       .observer = {.id = static_cast<uint32_t>(id), .others = nothing},
+                       .copies = {}});
   }
   for (Thread& thread : threads) ready.push_back(&thread);
 
@@ -340,6 +343,19 @@ void read_shared(int rank, size_t offset, void* out, size_t bytes) {
 
 void write_shared(int rank, size_t offset, const void* value, size_t bytes) {
   check(shared_memory_of(rank).write(current->observer, offset, value, bytes));
+}
+
+void begin_copy(size_t offset, const void* value, size_t bytes) {
+  check(current->block->shared.begin_copy(current->observer, offset, bytes));
+  current->copies.begin(offset, value, bytes);
+}
+
+void commit_copies() { current->copies.commit(); }
+
+void wait_for_copies(int groups) {
+  current->copies.wait(groups, [&](size_t offset, const std::vector<char>& bytes) {
+    current->block->shared.end_copy(current->observer, offset, bytes.data(), bytes.size());
+  });
 }
 
 // --- barriers ---

@@ -30,14 +30,22 @@ size_t shared_size();
 void read_shared(int rank, size_t offset, void* out, size_t bytes);
 void write_shared(int rank, size_t offset, const void* value, size_t bytes);
 
+// Asynchronous copies to the block's shared memory, of the bytes at `value`: begun, committed as a group, waited for
+// until all groups but the last `groups` are there.
+void begin_copy(size_t offset, const void* value, size_t bytes);
+void commit_copies();
+void wait_for_copies(int groups);
+
 // Barrier 0 is that of all threads.
 void sync_block(int barrier, int threads);
+
+inline constexpr int kLaneBytes = 24;  // that a lane can bring
 
 // What the lanes of a mask bring to an operation of a warp.
 struct Collective {
   const char* name;
   unsigned mask, arrived = 0;
-  alignas(8) unsigned char values[32][8];
+  alignas(8) unsigned char values[32][kLaneBytes];
 };
 // Returns when all lanes of the mask have called it.
 std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, const void* value, size_t bytes,

@@ -78,6 +78,12 @@ class Shared {
 
   Reference operator[](int64_t index) const { return Reference(*this, index); }
 
+  // Where elements index ... index + count - 1 begin.
+  size_t place(int64_t index, int64_t count) const {
+    offset(index + count - 1);
+    return offset(index);
+  }
+
   T load(int rank, int64_t index) const {
     T value;
     host::read_shared(rank, offset(index), &value, sizeof(T));
@@ -158,6 +164,8 @@ T shuffle_xor(T value, int lane_mask, unsigned mask = kAllLanes) {
   return detail::shuffled("shuffle_xor", value, lane_id() ^ (lane_mask & 31), mask);
 }
 
+inline int warp_id() { return shuffle(static_cast<int>(threadIdx.x / 32), 0); }
+
 inline unsigned vote_ballot(bool predicate, unsigned mask = kAllLanes) {
   return detail::voted("vote_ballot", predicate, mask);
 }
@@ -208,26 +216,30 @@ void store_remote(const Shared<T>& shared, int64_t index, int rank, std::type_id
   shared.store(rank, index, value);
 }
 
-// --- approximations: .ftz, and off by up to the relative error of 2^-22 that ex2, lg2 and rsqrt are allowed ---
+// --- approximations: .ftz, and off by up to the relative error of 2^-22 that ex2, lg2 and rsqrt (rcp: 2^-23) are
+// allowed ---
 
 namespace detail {
 
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
 // Off by a share of the allowed error that is a function of the argument, unless the result is a float.
-inline float approximate(double exact, float x) {
+inline float approximate(double exact, float x, double allowed = 0x1p-22) {
   const float nearest = static_cast<float>(exact);
   if (static_cast<double>(nearest) == exact || std::isnan(exact)) return flushed(nearest);
   const uint32_t hash = std::bit_cast<uint32_t>(x) * 0x9E3779B1u;
   const double share = static_cast<int32_t>(hash ^ hash >> 15) * 0x1p-31;
-  return flushed(static_cast<float>(exact * (1 + share * 0x1p-22)));
+  return flushed(static_cast<float>(exact * (1 + share * allowed)));
 }
 
 }  // namespace detail
 
 inline float exp2_approx(float x) { return detail::approximate(std::exp2(double{detail::flushed(x)}), x); }
 inline float log2_approx(float x) { return detail::approximate(std::log2(double{detail::flushed(x)}), x); }
+inline float reciprocal_approx(float x) { return detail::approximate(1 / double{detail::flushed(x)}, x, 0x1p-23); }
 inline float rsqrt_approx(float x) { return detail::approximate(1 / std::sqrt(double{detail::flushed(x)}), x); }
+
+inline int opaque(int value) { return value; }
 
 // --- launches ---
 
@@ -240,3 +252,5 @@ void launch(void (*kernel)(Params...), const Launch& shape, Stream, Args&&... ar
 }
 
 }  // namespace pyllm::cuda
+
+#include "cuda_host/tensor_core.h"

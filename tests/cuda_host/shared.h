@@ -62,6 +62,7 @@ class SharedMemory {
   Fault read(const Observer& thread, size_t offset, void* out, size_t count) {
     for (size_t i = offset; i < offset + count; ++i) {
       Cell& cell = cells_[i];
+      if (cell.in_flight) return {"reads shared memory while an asynchronous copy to it runs, of", cell.writer};
       if (cell.written == 0) return {"reads shared memory that nobody has written"};
       if (!thread.knows(cell.writer, cell.written))
         return {"reads shared memory that is written, without a barrier in between, by", cell.writer};
@@ -80,8 +81,25 @@ class SharedMemory {
   }
 
   Fault write(const Observer& thread, size_t offset, const void* value, size_t count) {
+    const Fault fault = claim(thread, offset, count, false);
+    if (fault.what == nullptr) std::memcpy(bytes_.data() + offset, value, count);
+    return fault;
+  }
+
+  // A copy that runs beside the threads. Until its thread ends it, nobody may touch the bytes.
+  Fault begin_copy(const Observer& thread, size_t offset, size_t count) { return claim(thread, offset, count, true); }
+
+  void end_copy(const Observer& thread, size_t offset, const void* value, size_t count) {
+    for (size_t i = offset; i < offset + count; ++i) cells_[i] = {.written = thread.now, .writer = thread.id};
+    std::memcpy(bytes_.data() + offset, value, count);
+  }
+
+ private:
+  // Makes bytes the thread's own, unless somebody else may still use them.
+  Fault claim(const Observer& thread, size_t offset, size_t count, bool in_flight) {
     for (size_t i = offset; i < offset + count; ++i) {
       Cell& cell = cells_[i];
+      if (cell.in_flight) return {"writes shared memory while an asynchronous copy to it runs, of", cell.writer};
       if (cell.written != 0 && !thread.knows(cell.writer, cell.written))
         return {"writes shared memory that is written, without a barrier in between, by", cell.writer};
       if (cell.read != 0 && !thread.knows(cell.reader, cell.read)) return {kReadBefore, cell.reader};
@@ -90,13 +108,11 @@ class SharedMemory {
         for (uint32_t reader = 0; reader < readers.size(); ++reader)
           if (!thread.knows(reader, readers[reader])) return {kReadBefore, reader};
       }
-      cell = {.written = thread.now, .writer = thread.id};
+      cell = {.written = thread.now, .writer = thread.id, .in_flight = in_flight};
     }
-    std::memcpy(bytes_.data() + offset, value, count);
     return {};
   }
 
- private:
   static constexpr const char* kReadBefore = "writes shared memory that is read, without a barrier in between, by";
 
   // Times are 0 where it did not happen.
@@ -104,6 +120,7 @@ class SharedMemory {
     uint32_t written = 0, writer = 0;
     uint32_t read = 0, reader = 0;  // the last one
     bool many_readers = false;      // readers_ has the time of each
+    bool in_flight = false;         // an asynchronous copy writes it
   };
 
   std::vector<unsigned char> bytes_;
