@@ -1,8 +1,7 @@
 // Binding of layer_norm, rms_norm, add_layer_norm and add_rms_norm on the CPU.
 #include "cpu/norm.h"
 
-#include <algorithm>
-
+#include "cpu/row_chunks.h"
 #include "norm_operators.h"
 
 namespace pyllm {
@@ -32,12 +31,9 @@ void forward(const NormCall& call) {
 void backward(const NormGradientCall& call) {
   const Tensor& z = call.z;
   const Rows rows = call.rows;
-  // One chunk of rows for each thread: its partial sums are added in order, so gradients do not vary from run to run.
-  const int64_t tasks = (rows.count + rows_per_task(rows.width) - 1) / rows_per_task(rows.width);
-  const int64_t chunks = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  const int64_t rows_per_chunk = chunks == 0 ? 0 : (rows.count + chunks - 1) / chunks;
+  const RowChunks chunks(rows.count, rows.width);
   Tensor partials;
-  if (call.wants_sums()) partials = uninitialised(z, {chunks, kColumnSums, rows.width}, statistics_type(z));
+  if (call.wants_sums()) partials = uninitialised(z, {chunks.count, kColumnSums * rows.width}, statistics_type(z));
   const NormBackward args{.dy = array(call.dy),
                           .dz = array(call.dz),
                           .z = array(z),
@@ -50,22 +46,14 @@ void backward(const NormGradientCall& call) {
                           .gradients = call.gradients(),
                           .rows = rows.count,
                           .width = rows.width,
-                          .rows_per_chunk = rows_per_chunk,
+                          .rows_per_chunk = chunks.rows,
                           .rms = !call.mean.has_value(),
                           .past_caches = past_caches(call.dresidual),
                           .dropout = dropout_of(call.rng, call.dropout_p)};
-  torch::stable::parallel_for(0, chunks, 1,
+  torch::stable::parallel_for(0, chunks.count, 1,
                               [&, kernel = pick_norm_bwd()](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  if (call.wants_sums()) {
-    const ColumnSum sum{.partials = partials.data_ptr(),
-                        .gradients = call.gradients(),
-                        .chunks = chunks,
-                        .width = rows.width,
-                        .compute = z.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32};
-    torch::stable::parallel_for(0, rows.width, kGrain, [&, kernel = pick_column_sum()](int64_t begin, int64_t end) {
-      kernel(sum, begin, end);
-    });
-  }
+  for (int which = 0; which < kColumnSums; ++which)
+    if (args.gradients.at[which]) add_up_chunks(partials, which * rows.width, args.gradients.at[which], rows.width);
 }
 
 }  // namespace

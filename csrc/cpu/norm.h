@@ -34,16 +34,7 @@ struct NormBackward {
   Dropout dropout;
 };
 
-// gradients.at[which][j] = sum over the chunks of partials[chunk][which][j]
-struct ColumnSum {
-  const void* partials;
-  ColumnGradients gradients;
-  int64_t chunks, width;
-  DType compute;
-};
-
 PYLLM_KERNEL(norm_fwd, NormForward)   // over rows
 PYLLM_KERNEL(norm_bwd, NormBackward)  // over chunks
-PYLLM_KERNEL(column_sum, ColumnSum)   // over columns
 
 }  // namespace pyllm

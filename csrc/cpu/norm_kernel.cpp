@@ -3,29 +3,11 @@
 // that weight and the sums of columns are read and written once for all of them. About 8 and 14 FLOPs an element.
 #include "cpu/norm.h"
 
-#include "cpu/philox.h"
-#include "cpu/vec.h"
+#include "cpu/rows.h"
 
 namespace pyllm::PYLLM_ISA {
 
 namespace {
-
-// A parameter in the compute type: itself, or converted into this thread's scratch memory.
-template <class C, int slot>
-const C* parameter(const Array& p, int64_t n) {
-  const C* values = p.as<const C>();
-  if (!p || p.dtype == (sizeof(C) == 8 ? DType::f64 : DType::f32)) return values;
-  C* converted = scratch<C, slot>(n);
-  visit_dtype(p.dtype, [&](auto type) {
-    const auto* source = p.as<const decltype(type)>();
-    if constexpr (std::is_same_v<Compute<decltype(type)>, C>) {
-      for_vectors<C>(n, [&](int64_t i, int count) { store(converted + i, load(source + i, count), count); });
-    } else if constexpr (std::is_same_v<decltype(type), float>) {
-      for (int64_t i = 0; i < n; ++i) converted[i] = source[i];
-    }
-  });
-  return converted;
-}
 
 // dropout's random numbers of `rows` rows from `first` on, in scratch memory; each begins `stride` after the one
 // before.
@@ -223,18 +205,6 @@ void backward(const NormBackward& args, int64_t chunk) {
   end_streams();
 }
 
-// Calls body(X{}, Z{}) for the pairs that the operators admit: one dtype, or 16-bit x with float z.
-template <class Body>
-void visit_pair(DType x, DType z, Body&& body) {
-  visit_dtype(x, [&](auto x_type) {
-    if (x == z) {
-      body(x_type, x_type);
-    } else if constexpr (sizeof(x_type) == 2) {
-      body(x_type, float{});
-    }
-  });
-}
-
 }  // namespace
 
 void norm_fwd(const NormForward& args, int64_t begin, int64_t end) {
@@ -246,31 +216,6 @@ void norm_bwd(const NormBackward& args, int64_t begin, int64_t end) {
   visit_pair(x_dtype, args.z.dtype, [&](auto x, auto z) {
     for (int64_t chunk = begin; chunk < end; ++chunk) backward<decltype(x), decltype(z)>(args, chunk);
   });
-}
-
-void column_sum(const ColumnSum& args, int64_t begin, int64_t end) {
-  auto add_chunks = [&](auto compute, const Array& gradient, int which) {
-    using C = decltype(compute);
-    const C* partials = static_cast<const C*>(args.partials) + which * args.width;
-    visit_dtype(gradient.dtype, [&](auto type) {
-      auto* out = gradient.as<decltype(type)>() + begin;
-      for_vectors<C>(end - begin, [&](int64_t i, int count) {
-        Vec<C> total{};
-        for (int64_t c = 0; c < args.chunks; ++c)
-          total += load(partials + kColumnSums * c * args.width + begin + i, count);
-        if constexpr (std::is_same_v<Compute<decltype(type)>, C>) {
-          store(out + i, total, count);
-        } else if constexpr (std::is_same_v<decltype(type), float>) {
-          for (int lane = 0; lane < count; ++lane) out[i + lane] = static_cast<float>(total[lane]);
-        }
-      });
-    });
-  };
-  for (int which = 0; which < kColumnSums; ++which) {
-    const Array& gradient = args.gradients.at[which];
-    if (!gradient) continue;
-    args.compute == DType::f64 ? add_chunks(double{}, gradient, which) : add_chunks(float{}, gradient, which);
-  }
 }
 
 }  // namespace pyllm::PYLLM_ISA

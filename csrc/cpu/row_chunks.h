@@ -19,16 +19,20 @@ struct RowChunks {
   }
 };
 
-// sum (N,) = partials (chunks, ...) from column `first` on, added up over the chunks.
-inline void add_up_chunks(const Tensor& partials, int64_t first, const Tensor& sum) {
+// sum (count,) = partials (chunks, ...) from column `first` on, added up over the chunks.
+inline void add_up_chunks(const Tensor& partials, int64_t first, const Array& sum, int64_t count) {
   Array from = array(partials);
   const ChunkSum args{.partials = from.at(first).data,
-                      .sum = array(sum),
+                      .sum = sum,
                       .chunks = partials.size(0),
                       .stride = partials.size(1),
                       .compute = from.dtype};
-  torch::stable::parallel_for(0, sum.numel(), kGrain,
+  torch::stable::parallel_for(0, count, kGrain,
                               [&, kernel = pick_chunk_sum()](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+inline void add_up_chunks(const Tensor& partials, int64_t first, const Tensor& sum) {
+  add_up_chunks(partials, first, array(sum), sum.numel());
 }
 
 }  // namespace pyllm

@@ -178,7 +178,7 @@ def _composed_gradient(dy, x, up, bias, rng, dropout_p, kind):
         dx = _SLOPES[act](g * factor, gate)
         dup = g * reference.activation(gate, None, None, None, 0.0, act)
         if up is None:
-            dx = torch.cat([dx, dup], -1)
+            dx, dup = torch.cat([dx, dup], -1), None
     dbias = None if bias is None else dx.flatten(0, -2).sum(0).to(bias.dtype)
     return dx.to(x.dtype), dup, dbias
 
