@@ -24,7 +24,7 @@ from pyllm.kernels.philox import keep_mask
 from pyllm.reference import dropout_threshold, statistics_type
 
 FORWARD_LIMIT = 16384
-BACKWARD_LIMIT = 8192  # it holds five rows in registers, not two; fewer elements of 32 and 64 bits
+BACKWARD_LIMIT = 8192  # it holds five rows in registers, not two; fewer elements of 32 and 64 bits, half with a third sum
 
 
 @triton.jit
@@ -350,7 +350,8 @@ def _backward(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dty
     dweight, dbias, dx_bias = gradients = [None if p is None else torch.zeros_like(p) for p in parameters]
     if z.numel():
         rows, n = rstd.shape[0], z.shape[-1]
-        tile = row_tile(n, BACKWARD_LIMIT // max(1, z.element_size() // 2), per_thread=16)
+        limit = BACKWARD_LIMIT // max(1, z.element_size() // 2) // (1 if x_bias is None else 2)
+        tile = row_tile(n, limit, per_thread=8)
         per_processor = min(16, max(1, 8192 // triton.next_power_of_2(n)))
         programs = min(triton.cdiv(rows, tile["BLOCK_M"]), per_processor * processors(z.device))
         partials = [None if p is None else rstd.new_empty(programs, n) for p in parameters]
