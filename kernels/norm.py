@@ -24,7 +24,7 @@ from pyllm.kernels.philox import keep_mask
 from pyllm.reference import dropout_threshold, statistics_type
 
 FORWARD_LIMIT = 16384
-BACKWARD_LIMIT = 8192  # it holds five rows in registers, not two; fewer elements of 32 and 64 bits, half with a third sum
+BACKWARD_LIMIT = 8192  # it holds five rows in registers, not two; less of 32 and 64 bits, and with a third sum
 
 
 @triton.jit
