@@ -1,6 +1,7 @@
 """The host model of CUDA: what it runs, and the faults that it must find."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 SOURCE = HERE / "samples.cu"
 SEEDS = range(20)
+MAPPINGS = Path("/proc/self/maps")
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,15 @@ def test_launches_beyond_the_limits(samples, launch, what):
     with pytest.raises(HostModelError, match=rf"nothing\(\): .*{what}"):
         samples.run("run_nothing", *launch)
     samples.run("run_nothing", 32, 1024, 16, 227 * 1024)
+
+
+@pytest.mark.skipif(not MAPPINGS.exists(), reason="this system does not list mappings")
+def test_a_launch_leaves_no_mappings(samples):
+    """A process may have 65530 of them, and the stack of each thread of a launch takes two."""
+    samples.run("run_nothing", 1, 32, 1, 0)
+    before = len(MAPPINGS.read_text().splitlines())
+    samples.run("run_nothing", 1, 1024, 1, 0)
+    assert len(MAPPINGS.read_text().splitlines()) < before + 100
 
 
 def test_misaligned_vectors(samples):

@@ -105,7 +105,7 @@ std::string kernel_name, failure;
 const std::function<void()>* kernel_body;
 std::vector<Block> blocks;  // of the cluster that runs
 std::vector<Thread> threads;
-std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
+std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch, until cuda_host_free_all
 std::vector<Thread*> ready;
 ClusterBarrier cluster_barrier;
 Thread* current = nullptr;
@@ -464,6 +464,7 @@ void* cuda_host_allocate(size_t bytes, size_t past_alignment) {
 void cuda_host_free_all() {
   for (const Buffer& buffer : buffers) munmap(buffer.mapping, buffer.mapped);
   buffers.clear();
+  fibers.clear();  // each has two mappings, of which a process may have no more than 65530
 }
 
 }  // extern "C"
