@@ -1,4 +1,4 @@
-"""What the launchers of row kernels share: tiles, grids, the launch itself, and its description for kernels/aot.py."""
+"""What all kernels share: rounding, the launch, and its description for kernels/aot.py."""
 
 import contextvars
 from collections.abc import Iterator
@@ -23,22 +23,6 @@ def rounded(x, dtype: tl.constexpr):
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
-
-
-def row_tile(n: int, limit: int, per_thread: int) -> dict:
-    """Constexprs and options for rows of n elements: a tile of whole rows up to `limit`, chunks of one row above.
-
-    BLOCK_N is a multiple of 32, as dropout's mask wants. per_thread: elements of a long row that a thread holds.
-    """
-    looped = n > limit
-    block_n = limit // 2 if looped else max(32, triton.next_power_of_2(n))
-    tile = block_n if looped else max(block_n, 2048)
-    return {
-        "BLOCK_M": tile // block_n,
-        "BLOCK_N": block_n,
-        "LOOPED": looped,
-        "num_warps": min(max(tile // (32 * per_thread), 4), 16),
-    }
 
 
 @lru_cache

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyllm.kernels._common import INTERPRETED, captured, launch, processors, rounded
-from pyllm.kernels.norm import _column_sum, _dropped
+from pyllm.kernels._common import captured, launch, rounded
+from pyllm.kernels.rows import add_up, compute_type, dropped, grid_of, tile_of
 from pyllm.reference import GATED, dropout_threshold, statistics_type
 
 
@@ -93,7 +93,7 @@ def activation_fwd_kernel(
     if p_up is not None:
         y *= _loaded(p_up, p_up_bias, o_row * stride_up + o_cols[None, :], o_cols, m_tile, m_cols, COMPUTE)
     if p_rng is not None:
-        y = _dropped(y, p_rng, threshold, o_rows, first, BLOCK_N)
+        y = dropped(y, p_rng, threshold, o_rows, first, BLOCK_N)
     tl.store(p_y + o_row * N + o_cols[None, :], rounded(y, p_y.dtype.element_ty), mask=m_tile)
 
 
@@ -135,7 +135,7 @@ def activation_bwd_kernel(
         s, slope = _switch(h, ACT)
         g = tl.load(p_dy + o_row * stride_dy + o_cols[None, :], mask=m_tile, other=0.0).to(COMPUTE)
         if p_rng is not None:
-            g = _dropped(g, p_rng, threshold, o_rows, first, BLOCK_N)
+            g = dropped(g, p_rng, threshold, o_rows, first, BLOCK_N)
         if p_up is not None:
             up = _loaded(p_up, p_up_bias, o_row * stride_up + o_cols[None, :], o_cols, m_tile, m_cols, COMPUTE)
             dup = g * _value(h, s, ACT)
@@ -150,42 +150,6 @@ def activation_bwd_kernel(
         tl.store(p_dbias + o_sum, tl.sum(dbias, 0), mask=m_cols)
         if p_up is not None:
             tl.store(p_dbias + o_sum + N, tl.sum(dup_bias, 0), mask=m_cols)
-
-
-@triton.jit
-def bias_sum_kernel(p_partials, p_dbias, count, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[count, N] partial sums -> [N]."""
-    _column_sum(p_partials, p_dbias, count, N, BLOCK_M, BLOCK_N)
-
-
-def tile_of(n: int, size: int = 2048) -> dict:
-    """Constexprs and options for a grid over rows and columns, in tiles of `size` elements."""
-    block_n = min(max(32, triton.next_power_of_2(n)), 4096 if INTERPRETED else 1024)
-    return {"BLOCK_M": max(1, size // block_n), "BLOCK_N": block_n, "num_warps": 4}
-
-
-def grid_of(rows: int, n: int, tile: dict, device: torch.device, sums: bool) -> tuple[int, int]:
-    """(programs over rows, programs over columns); with sums over rows, as many as can run at once."""
-    columns = triton.cdiv(n, tile["BLOCK_N"])
-    programs = triton.cdiv(rows, tile["BLOCK_M"])
-    return (min(programs, max(1, 8 * processors(device) // columns)) if sums else programs), columns
-
-
-def add_up(partials: Tensor, dbias: Tensor) -> None:
-    """dbias (N,) = the sum of partials (programs, N) over the programs."""
-    count, n = partials.shape
-    block_n = 8192 if INTERPRETED else 32
-    launch(
-        bias_sum_kernel,
-        (triton.cdiv(n, block_n),),
-        dbias.device,
-        p_partials=partials,
-        p_dbias=dbias,
-        count=count,
-        N=n,
-        BLOCK_M=128,
-        BLOCK_N=block_n,
-    )
 
 
 def strided_rows(t: Tensor) -> tuple[Tensor, int]:
@@ -262,13 +226,8 @@ def activation_bwd(dy, x, up, bias, rng, dropout_p, kind):
             COMPUTE=compute_type(x),
             **tile,
         )
-        if partials is not None:
-            add_up(partials, dbias)
+        add_up([partials], [dbias])
     return dx, dup, dbias
-
-
-def compute_type(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def aot_variants(target: str) -> Iterator[tuple]:

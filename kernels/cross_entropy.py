@@ -19,18 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyllm.kernels._common import captured, launch, rounded, row_tile
+from pyllm.kernels._common import captured, launch, rounded
+from pyllm.kernels.rows import merged, row_tile, rows_of_program
 
 LIMIT = 16384
-
-
-@triton.jit
-def _merge(peak, total, logits):
-    """Online softmax: the largest logit, 0 if that is -inf, and the sum of exponentials, with those of a new block."""
-    before = tl.where(total > 0.0, peak, float("-inf"))
-    top = tl.maximum(before, tl.max(logits, 1)[:, None])
-    top = tl.where(top == float("-inf"), 0.0, top)
-    return top, total * tl.exp(before - top) + tl.sum(tl.exp(logits - top), 1)[:, None]
 
 
 @triton.jit
@@ -46,7 +38,7 @@ def _row_sums(
         o_cols = first + tl.arange(0, BLOCK_N)[None, :]
         m_tile = m_rows & (o_cols < N)
         x = tl.load(p_x + o_base + o_cols, mask=m_tile, other=float("-inf")).to(COMPUTE)  # [BLOCK_M, BLOCK_N]
-        peak, total = _merge(peak, total, x)
+        peak, total = merged(peak, total, x)
         if WEIGHTED:
             apart = tl.where(m_tile, x - origin, 0.0)
             if p_weight is not None:
@@ -95,10 +87,7 @@ def cross_entropy_fwd_kernel(
     LOOPED: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    row = start + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
-    m_rows = row < rows
-    o_base = tl.arange(0, BLOCK_M)[:, None] * N  # 32 bits: only the start of a tile needs 64
+    start, row, m_rows, o_base = rows_of_program(rows, N, BLOCK_M)
     p_x += start * N
     smoothing = tl.full([1, 1], label_smoothing, COMPUTE)
     z = tl.full([1, 1], z_loss, COMPUTE)
@@ -157,10 +146,7 @@ def cross_entropy_shard_fwd_kernel(
     LOOPED: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    row = start + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
-    m_rows = row < rows
-    o_base = tl.arange(0, BLOCK_M)[:, None] * N
+    start, row, m_rows, o_base = rows_of_program(rows, N, BLOCK_M)
     p_x += start * N
     zero = tl.zeros([BLOCK_M, 1], COMPUTE)
     peak, total, sum, _ = _row_sums(p_x, None, o_base, m_rows, N, zero, True, COMPUTE, BLOCK_N, N if LOOPED else 1)
@@ -195,10 +181,7 @@ def cross_entropy_shard_bwd_kernel(
     LOOPED: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    row = start + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
-    m_rows = row < rows
-    o_base = tl.arange(0, BLOCK_M)[:, None] * N
+    start, row, m_rows, o_base = rows_of_program(rows, N, BLOCK_M)
     p_x += start * N
     p_shift = p_coefficients + row
     shift = tl.load(p_shift, mask=m_rows, other=0.0)

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from pyllm.kernels._common import captured, launch, rounded
-from pyllm.kernels.activation import add_up, compute_type, grid_of, tile_of
-from pyllm.kernels.norm import _dropped
+from pyllm.kernels.rows import add_up, compute_type, dropped, grid_of, tile_of
 from pyllm.reference import dropout_threshold, statistics_type
 
 
@@ -41,7 +40,7 @@ def dropout_add_fwd_kernel(
     if p_bias is not None:
         y += tl.load(p_bias + o_cols, mask=m_cols, other=0.0).to(COMPUTE)[None, :]
     if p_rng is not None:
-        y = _dropped(y, p_rng, threshold, o_rows, first, BLOCK_N)
+        y = dropped(y, p_rng, threshold, o_rows, first, BLOCK_N)
     y += tl.load(p_residual + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
     tl.store(p_y + o_tile, rounded(y, p_y.dtype.element_ty), mask=m_tile)
 
@@ -70,7 +69,7 @@ def dropout_add_bwd_kernel(
         o_tile = o_rows.to(tl.int64)[:, None] * N + o_cols[None, :]
         dx = tl.load(p_dy + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
         if p_rng is not None:
-            dx = _dropped(dx, p_rng, threshold, o_rows, first, BLOCK_N)
+            dx = dropped(dx, p_rng, threshold, o_rows, first, BLOCK_N)
         tl.store(p_dx + o_tile, rounded(dx, p_dx.dtype.element_ty), mask=m_tile)
         dbias += dx
     if p_dbias is not None:
@@ -122,8 +121,7 @@ def dropout_add_bwd(dy, bias, rng, dropout_p, x_dtype):
             COMPUTE=compute_type(dy),
             **tile,
         )
-        if partials is not None:
-            add_up(partials, dbias)
+        add_up([partials], [dbias])
     return dx, dbias
 
 

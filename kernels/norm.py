@@ -19,20 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyllm.kernels._common import INTERPRETED, captured, launch, processors, rounded, row_tile
-from pyllm.kernels.philox import keep_mask
+from pyllm.kernels._common import captured, launch, processors, rounded
+from pyllm.kernels.rows import add_up, dropped, row_tile
 from pyllm.reference import dropout_threshold, statistics_type
 
 FORWARD_LIMIT = 16384
 BACKWARD_LIMIT = 8192  # it holds five rows in registers, not two; less of 32 and 64 bits, and with a third sum
-
-
-@triton.jit
-def _dropped(x, p_rng, threshold, o_rows, first, BLOCK_N: tl.constexpr):
-    """dropout(x) of a block [BLOCK_M, BLOCK_N] whose first column is `first`."""
-    keep = keep_mask(tl.load(p_rng), tl.load(p_rng + 1), 0, o_rows, first, threshold, BLOCK_N)
-    kept = tl.maximum(65536 - threshold, 1).to(x.dtype)  # at p = 1 nothing is kept, so that any divisor will do
-    return tl.where(keep, x * (65536.0 / kept), 0.0)
 
 
 @triton.jit
@@ -56,7 +48,7 @@ def _stream(
         o_cols = first + tl.arange(0, BLOCK_N)[None, :]
         z += tl.load(p_x_bias + o_cols, mask=o_cols < N, other=0.0).to(COMPUTE)
     if p_rng is not None:
-        z = _dropped(z, p_rng, threshold, o_rows, first, BLOCK_N)
+        z = dropped(z, p_rng, threshold, o_rows, first, BLOCK_N)
     if p_residual is not None:
         z += tl.load(p_residual + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
         z = rounded(z, p_residual.dtype.element_ty).to(COMPUTE)
@@ -236,7 +228,7 @@ def norm_bwd_kernel(
                 dstream += tl.load(p_dz + start * N + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
             tl.store(p_dresidual + start * N + o_tile, rounded(dstream, p_dresidual.dtype.element_ty), mask=m_tile)
             if p_rng is not None:
-                dstream = _dropped(dstream, p_rng, threshold, o_rows, first, BLOCK_N)
+                dstream = dropped(dstream, p_rng, threshold, o_rows, first, BLOCK_N)
             if not LOOPED:
                 dx_bias += dstream  # rows outside have rstd = 0, and no one reads columns outside
             if p_dx is not None:
@@ -264,39 +256,6 @@ def norm_bwd_kernel(
                 tl.store(p_dbias + o_partial, tl.sum(dbias, 0), mask=m_cols)
             if p_dx_bias is not None:
                 tl.store(p_dx_bias + o_partial, tl.sum(dx_bias, 0), mask=m_cols)
-
-
-@triton.jit
-def _column_sum(p_partials, p_sum, count, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    o_cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_cols = o_cols < N
-    total = tl.zeros([BLOCK_M, BLOCK_N], p_partials.dtype.element_ty)
-    for first in range(0, count, BLOCK_M):
-        o_rows = first + tl.arange(0, BLOCK_M)[:, None]
-        total += tl.load(p_partials + o_rows * N + o_cols[None, :], mask=(o_rows < count) & m_cols[None, :], other=0.0)
-    tl.store(p_sum + o_cols, rounded(tl.sum(total, 0), p_sum.dtype.element_ty), mask=m_cols)
-
-
-@triton.jit
-def column_sum_kernel(
-    p_dweight_partials,
-    p_dbias_partials,
-    p_dx_bias_partials,
-    p_dweight,
-    p_dbias,
-    p_dx_bias,
-    count,
-    N,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """[count, N] partial sums -> [N], for weight, bias and x_bias, each of which may be None."""
-    if p_dweight is not None:
-        _column_sum(p_dweight_partials, p_dweight, count, N, BLOCK_M, BLOCK_N)
-    if p_dbias is not None:
-        _column_sum(p_dbias_partials, p_dbias, count, N, BLOCK_M, BLOCK_N)
-    if p_dx_bias is not None:
-        _column_sum(p_dx_bias_partials, p_dx_bias, count, N, BLOCK_M, BLOCK_N)
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -347,7 +306,7 @@ def _backward(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dty
     dresidual = z.new_empty(z.shape)
     dx = None if dropout_p == 0.0 and x_dtype == z.dtype else z.new_empty(z.shape, dtype=x_dtype)
     parameters = (weight, bias, x_bias)
-    dweight, dbias, dx_bias = gradients = [None if p is None else torch.zeros_like(p) for p in parameters]
+    gradients = [None if p is None else torch.zeros_like(p) for p in parameters]
     if z.numel():
         rows, n = rstd.shape[0], z.shape[-1]
         limit = BACKWARD_LIMIT // max(1, z.element_size() // 2) // (1 if x_bias is None else 2)
@@ -376,23 +335,7 @@ def _backward(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dty
             threshold=dropout_threshold(dropout_p),
             **tile,
         )
-        if any(p is not None for p in parameters):
-            block_n = 8192 if INTERPRETED else 32
-            launch(
-                column_sum_kernel,
-                (triton.cdiv(n, block_n),),
-                z.device,
-                p_dweight_partials=partials[0],
-                p_dbias_partials=partials[1],
-                p_dx_bias_partials=partials[2],
-                p_dweight=dweight,
-                p_dbias=dbias,
-                p_dx_bias=dx_bias,
-                count=programs,
-                N=n,
-                BLOCK_M=128,
-                BLOCK_N=block_n,
-            )
+        add_up(partials, gradients)
     return (
         z.new_empty(0, dtype=x_dtype) if dx is None else dx,
         dresidual,

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyllm.kernels._common import captured, launch, rounded, row_tile
+from pyllm.kernels._common import captured, launch, rounded
+from pyllm.kernels.rows import merged, row_tile, rows_of_program
 
 LIMIT = 16384
 
@@ -40,16 +41,6 @@ def _scores(
         else:
             scores += mask.to(COMPUTE)
     return tl.where(m_tile, scores, float("-inf"))
-
-
-@triton.jit
-def _merge(peak, total, scores):
-    """Online softmax: the largest score, 0 if that is -inf, and the sum of exponentials, with those of a new block."""
-    # A peak of 0 that stands for -inf belongs to a total of 0, which any factor leaves right.
-    before = tl.where(total > 0.0, peak, float("-inf"))
-    peak = tl.maximum(before, tl.max(scores, 1)[:, None])
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    return peak, total * tl.exp(before - peak) + tl.sum(tl.exp(scores - peak), 1)[:, None]
 
 
 @triton.jit
@@ -74,10 +65,7 @@ def softmax_fwd_kernel(
     LOOPED: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    row = start + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
-    m_rows = row < rows
-    o_base = tl.arange(0, BLOCK_M)[:, None] * N  # 32 bits: only the start of a tile needs 64
+    start, row, m_rows, o_base = rows_of_program(rows, N, BLOCK_M)
     o_mask = row
     if p_mask is not None:
         o_mask = row // size_2 // size_1 * stride_0 + row // size_2 % size_1 * stride_1 + row % size_2 * stride_2
@@ -96,7 +84,7 @@ def softmax_fwd_kernel(
         scores = _scores(
             p_x, p_mask, o_base + o_cols, o_mask, o_cols, stride_col, m_tile, query, scale, COMPUTE, CAUSAL
         )
-        peak, total = _merge(peak, total, scores)
+        peak, total = merged(peak, total, scores)
     total = tl.where(total == 0.0, 1.0, total)  # in an empty row every score is -inf, and its exponential 0
     shift = tl.log(total)
     factor = 1.0 / total
@@ -136,9 +124,7 @@ def softmax_bwd_kernel(
     LOOPED: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if p_y.dtype.element_ty == tl.float64 else tl.float32
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    m_rows = start + tl.arange(0, BLOCK_M)[:, None] < rows
-    o_base = tl.arange(0, BLOCK_M)[:, None] * N
+    start, _, m_rows, o_base = rows_of_program(rows, N, BLOCK_M)
     p_dy += start * N
     p_y += start * N
     p_dx += start * N
