@@ -112,6 +112,15 @@ def cuda_runtime_folder(nvcc: Path) -> Path:
     raise SystemExit(f"pyllm: {toolkit} has no {CUDA_RUNTIME}; PYLLM_CUDA=0 installs without the CUDA kernels")
 
 
+def sets_of(kernel: Path) -> dict[str, str]:
+    """The instruction sets that a *_kernel.cpp is compiled for. Only one of pairs is compiled for all of PAIR_SETS."""
+    if kernel.stem.endswith("_pairs_kernel"):
+        return PAIR_SETS
+    if kernel.with_stem(kernel.stem.replace("_kernel", "_pairs_kernel")).exists():
+        return INSTRUCTION_SETS
+    return INSTRUCTION_SETS | dict(list(PAIR_SETS.items())[:1])  # for its conversion to bf16
+
+
 def write_ninja_file(cxx: str, nvcc: Path | None) -> list[str]:
     """build.ninja in BUILD; returns the products that it makes there."""
     import pybind11
@@ -162,7 +171,7 @@ def write_ninja_file(cxx: str, nvcc: Path | None) -> list[str]:
         objects = [compile_one(ROOT / "csrc" / "library.cpp", "$torch")]
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             if source.stem.endswith("_kernel"):
-                sets = PAIR_SETS if source.stem.endswith("_pairs_kernel") else INSTRUCTION_SETS
+                sets = sets_of(source)
                 objects += [
                     compile_one(source, f"-I{ROOT / 'csrc'} -DPYLLM_ISA={isa} {flags}", f".{isa}")
                     for isa, flags in sets.items()

@@ -138,15 +138,15 @@ struct PackPanels {
   int64_t heads, panels, dim;
 };
 
-PYLLM_KERNEL(attention_fwd, AttentionForward)        // over H * query blocks
-PYLLM_KERNEL(attention_bwd, AttentionBackward)       // over sequences * Hkv * parts
-PYLLM_KERNEL(attention_mask_gradient, MaskGradient)  // over blocks of the mask
+PYLLM_PLAIN_KERNEL(attention_fwd, AttentionForward)        // over H * query blocks
+PYLLM_PLAIN_KERNEL(attention_bwd, AttentionBackward)       // over sequences * Hkv * parts
+PYLLM_PLAIN_KERNEL(attention_mask_gradient, MaskGradient)  // over blocks of the mask
 PYLLM_PAIR_KERNEL(attention_fwd, AttentionForward)
 PYLLM_PAIR_KERNEL(attention_bwd, AttentionBackward)
 PYLLM_PAIR_KERNEL(attention_mask_gradient, MaskGradient)
-PYLLM_KERNEL(attention_key_gradient, KeyGradient)     // over Hkv * B * Sk
-PYLLM_KERNEL(attention_bias_gradient, BiasGradient)   // over H
-PYLLM_KERNEL(attention_pack, PackRows)                // over B * H * S
-PYLLM_PAIR_KERNEL(attention_pack_panels, PackPanels)  // over sequences * Hkv
+PYLLM_PLAIN_KERNEL(attention_key_gradient, KeyGradient)    // over Hkv * B * Sk
+PYLLM_PLAIN_KERNEL(attention_bias_gradient, BiasGradient)  // over H
+PYLLM_PLAIN_KERNEL(attention_pack, PackRows)               // over B * H * S
+PYLLM_PAIR_KERNEL(attention_pack_panels, PackPanels)       // over sequences * Hkv
 
 }  // namespace pyllm

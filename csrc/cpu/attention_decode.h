@@ -39,9 +39,9 @@ struct AttentionDecode {
   void* lse;  // (B, H, added), statistics type
 };
 
-PYLLM_KERNEL(attention_decode_append, AttentionDecode)  // over B * Hkv * added
-PYLLM_KERNEL(attention_decode, AttentionDecode)         // over pieces * Hkv
+PYLLM_PLAIN_KERNEL(attention_decode_append, AttentionDecode)  // over B * Hkv * added
+PYLLM_PLAIN_KERNEL(attention_decode, AttentionDecode)         // over pieces * Hkv
 PYLLM_PAIR_KERNEL(attention_decode, AttentionDecode)
-PYLLM_KERNEL(attention_decode_merge, AttentionDecode)  // over B * H * added
+PYLLM_PLAIN_KERNEL(attention_decode_merge, AttentionDecode)  // over B * H * added
 
 }  // namespace pyllm

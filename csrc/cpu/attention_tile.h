@@ -247,13 +247,14 @@ class Keep {
       : limit_((call.dropout.threshold << 16) - 1), words_(scratch<uint32_t, 2>(kKeyBlock / 2 * kQueryBlock)) {
     const uint32_t head = static_cast<uint32_t>(block.sequence->index * call.heads + block.head);
     for (int group = 0; group < keys; group += kPhiloxGroup) {
-      for (int t = 0; t < 4; ++t) {
+      for (int t = 0; t < 4; t += kPhiloxCalls) {
         for (int row = 0; row < block.count; row += kLanes<uint32_t>) {
-          Words words[4];
+          Words words[kPhiloxCalls][4];
           random_words(call.dropout, head, static_cast<uint32_t>(block.first + row), (key + group) / kPhiloxGroup, t,
                        words);
-          for (int w = 0; w < 4; ++w)
-            std::memcpy(words_ + (group / 2 + 4 * w + t) * kQueryBlock + row, &words[w], sizeof(Words));
+          for (int i = 0; i < 4 * kPhiloxCalls; ++i)
+            std::memcpy(words_ + (group / 2 + 4 * (i % 4) + t + i / 4) * kQueryBlock + row, &words[i / 4][i % 4],
+                        sizeof(Words));
         }
       }
     }

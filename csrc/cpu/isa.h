@@ -10,8 +10,8 @@
 
 namespace pyllm {
 
-// Each has what the ones before it have. From avx512bf16 on there are products of pairs of bf16, which only kernels
-// that multiply matrices are compiled for.
+// Each has what the ones before it have. avx512bf16 has products of pairs of bf16, for which kernels that multiply
+// matrices have a *_pairs_kernel.cpp, and a conversion to bf16, for the others.
 enum class Isa { portable, avx2, avx512, avx512bf16, amx };
 inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
@@ -59,19 +59,29 @@ Kernel pick(Isa first, std::initializer_list<Kernel> kernels) {
 
 // Declare `void name(const Args&, int64_t begin, int64_t end)` in the namespace of each instruction set, and a function
 // that gives the one to call: PYLLM_KERNEL of a *_kernel.cpp, and `pick_name()`; PYLLM_PAIR_KERNEL of a
-// *_pairs_kernel.cpp, and `pick_name_pairs()`, where the instruction set in use has products of pairs.
+// *_pairs_kernel.cpp, and `pick_name_pairs()`, where the instruction set in use has products of pairs;
+// PYLLM_PLAIN_KERNEL, as PYLLM_KERNEL, of a *_kernel.cpp that has such a file beside it.
 #define PYLLM_DECLARE(isa, name, Args)      \
   namespace isa {                           \
   void name(const Args&, int64_t, int64_t); \
   }
 #if defined(__x86_64__)
-#define PYLLM_KERNEL(name, Args)                                                                \
+#define PYLLM_PLAIN_KERNEL(name, Args)                                                          \
   PYLLM_DECLARE(portable, name, Args)                                                           \
   PYLLM_DECLARE(avx2, name, Args)                                                               \
   PYLLM_DECLARE(avx512, name, Args)                                                             \
   inline auto pick_##name() {                                                                   \
     static const auto kernel = pick(Isa::portable, {portable::name, avx2::name, avx512::name}); \
     return kernel;                                                                              \
+  }
+#define PYLLM_KERNEL(name, Args)                                                                                  \
+  PYLLM_DECLARE(portable, name, Args)                                                                             \
+  PYLLM_DECLARE(avx2, name, Args)                                                                                 \
+  PYLLM_DECLARE(avx512, name, Args)                                                                               \
+  PYLLM_DECLARE(avx512bf16, name, Args)                                                                           \
+  inline auto pick_##name() {                                                                                     \
+    static const auto kernel = pick(Isa::portable, {portable::name, avx2::name, avx512::name, avx512bf16::name}); \
+    return kernel;                                                                                                \
   }
 #define PYLLM_PAIR_KERNEL(name, Args)                                                \
   PYLLM_DECLARE(avx512bf16, name, Args)                                              \
@@ -84,6 +94,7 @@ Kernel pick(Isa first, std::initializer_list<Kernel> kernels) {
 #define PYLLM_KERNEL(name, Args)      \
   PYLLM_DECLARE(portable, name, Args) \
   inline auto pick_##name() { return portable::name; }
+#define PYLLM_PLAIN_KERNEL PYLLM_KERNEL
 #define PYLLM_PAIR_KERNEL(name, Args) \
   inline auto pick_##name##_pairs() { return static_cast<void (*)(const Args&, int64_t, int64_t)>(nullptr); }
 #endif

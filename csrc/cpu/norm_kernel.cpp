@@ -9,20 +9,19 @@ namespace pyllm::PYLLM_ISA {
 
 namespace {
 
-// dropout's random numbers of `rows` rows from `first` on, in scratch memory; each begins `stride` after the one
-// before.
-struct RandomRows {
-  const uint16_t* bits;
+// What dropout keeps of `rows` rows from `first` on, in scratch memory; each begins `stride` after the one before.
+struct KeptRows {
+  const Kept* rows;
   int64_t stride;
 };
 
-inline RandomRows random_rows(const Dropout& dropout, int64_t first, int rows, int64_t width) {
-  const int64_t stride = (width + kPhiloxColumns - 1) / kPhiloxColumns * kPhiloxColumns;
-  uint16_t* bits = scratch<uint16_t, 0>(rows * stride);
+inline KeptRows draw_rows(const Dropout& dropout, int64_t first, int rows, int64_t width) {
+  const int64_t stride = (width + kDrawnColumns - 1) / kDrawnColumns * (kDrawnColumns / kKeptColumns);
+  Kept* kept = scratch<Kept, 0>(rows * stride);
   for (int r = 0; r < rows; ++r)
-    for (int64_t column = 0; column < width; column += kPhiloxColumns)
-      random_bits(dropout, 0, static_cast<uint32_t>(first + r), column, bits + r * stride + column);
-  return {bits, stride};
+    for (int64_t column = 0; column < width; column += kDrawnColumns)
+      draw(dropout, first + r, column, width - column, kept + r * stride + column / kKeptColumns);
+  return {kept, stride};
 }
 
 template <class X, class Z>
@@ -40,12 +39,12 @@ void forward(const NormForward& args, int64_t begin, int64_t end) {
     if (args.residual) {
       const Z* residual = args.residual.as<const Z>() + row * n;
       Z* z = args.z.as<Z>() + row * n;
-      const uint16_t* random = args.dropout ? random_rows(args.dropout, row, 1, n).bits : nullptr;
+      const Kept* kept = args.dropout ? draw_rows(args.dropout, row, 1, n).rows : nullptr;
       const bool stream_z = args.past_caches && streamable(z, n);
       total = accumulate<C, 1>(n, [&](int64_t i, int count, Vec<C>* terms) {
         Vec<C> v = load(x + i, count);
         if (x_bias != nullptr) v += load(x_bias + i, count);
-        if (random != nullptr) v *= keep_factor<C>(args.dropout, random + i);
+        if (kept != nullptr) v *= keep_factor<C>(args.dropout, kept, i);
         v = rounded<Z>(v + load(residual + i, count));  // what the backward sees
         stream_z ? stream(z + i, v) : store(z + i, v, count);
         store(row_buffer + i, v, count);
@@ -151,8 +150,7 @@ void backward_rows(const NormBackward& args, int64_t row, const C* weight, C* co
   const Z* dz = args.dz ? args.dz.as<const Z>() + row * n : nullptr;
   Z* dresidual = args.dresidual.as<Z>() + row * n;
   X* dx = args.dx ? args.dx.as<X>() + row * n : nullptr;
-  const RandomRows random =
-      (dx != nullptr) && args.dropout ? random_rows(args.dropout, row, R, n) : RandomRows{nullptr, 0};
+  const KeptRows kept = dx != nullptr && args.dropout ? draw_rows(args.dropout, row, R, n) : KeptRows{nullptr, 0};
   const bool stream_dx = args.past_caches && streamable(dx, n), stream_z = args.past_caches && streamable(dresidual, n);
   for_vectors<C>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
     const Vec<C> w = weight != nullptr ? load(weight + i, count) : splat(C{1});
@@ -163,7 +161,7 @@ void backward_rows(const NormBackward& args, int64_t row, const C* weight, C* co
       Vec<C> d = (g - rows.means[r].shift - rows.xhat(r, n, i, count) * rows.means[r].slope) * rows.rstd[r];
       if (dz != nullptr) d += load(dz + at, count);
       stream_z ? stream(dresidual + at, d) : store(dresidual + at, d, count);
-      if (random.bits != nullptr) d *= keep_factor<C>(args.dropout, random.bits + r * random.stride + i);
+      if (kept.rows != nullptr) d *= keep_factor<C>(args.dropout, kept.rows + r * kept.stride, i);
       if (dx != nullptr) stream_dx ? stream(dx + at, d) : store(dx + at, d, count);
       branch_sum += d;
     }

@@ -30,12 +30,12 @@ template <class C, class Body>
 [[gnu::always_inline]] inline void for_dropped_vectors(Dropout dropout, int64_t row, int64_t n, Body&& body) {
   if (!dropout)
     return for_vectors<C>(n, [&](int64_t i, int count) __attribute__((always_inline)) { body(i, count, splat(C{1})); });
-  alignas(64) uint16_t random[kPhiloxColumns];
-  for (int64_t column = 0; column < n; column += kPhiloxColumns) {
-    random_bits(dropout, 0, static_cast<uint32_t>(row), column, random);
-    const int64_t columns = n - column < kPhiloxColumns ? n - column : kPhiloxColumns;
+  alignas(64) Kept kept[kDrawnColumns / kKeptColumns];
+  for (int64_t column = 0; column < n; column += kDrawnColumns) {
+    draw(dropout, row, column, n - column, kept);
+    const int64_t columns = n - column < kDrawnColumns ? n - column : kDrawnColumns;
     for_vectors<C>(columns, [&](int64_t i, int count) __attribute__((always_inline)) {
-      body(column + i, count, keep_factor<C>(dropout, random + i));
+      body(column + i, count, keep_factor<C>(dropout, kept, i));
     });
   }
 }
