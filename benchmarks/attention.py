@@ -182,6 +182,7 @@ BENCHMARKS = (
         variants={
             "": {},
             "causal": {"is_causal": True},
+            "dropout 0.1": {"dropout_p": 0.1},
             "causal dropout 0.1": {"is_causal": True, "dropout_p": 0.1},
             "window 256": {"window": (128, 127)},
             "t5": {"t5": True},
