@@ -11,6 +11,7 @@
 
 #include "dropout.h"
 #include "dtype.h"
+#include "pages.h"
 
 namespace pyllm {
 
@@ -39,8 +40,8 @@ inline Array array(const Tensor& t) { return {t.data_ptr(), dtype_of(t)}; }
 
 inline Array array(const OptionalTensor& t) { return t.has_value() ? array(*t) : Array{}; }
 
-// An uninitialised contiguous tensor on the device of `like`. torch::stable::new_empty looks its operator up by name at
-// each call, which costs more than the allocation.
+// An uninitialised contiguous tensor on the device of `like`, which will be written whole. torch::stable::new_empty
+// looks its operator up by name at each call, which costs more than the allocation.
 inline Tensor uninitialised(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
   int32_t device, index, layout, dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
@@ -49,7 +50,10 @@ inline Tensor uninitialised(const Tensor& like, torch::headeronly::IntHeaderOnly
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
                                                           &dtype, &layout, &device, index, nullptr, &made));
-  return Tensor(made);
+  const Tensor result(made);
+  const int64_t bytes = result.numel() * result.element_size();
+  if (bytes >= kFreshPagesFrom && result.is_cpu()) ask_for_large_pages(result.data_ptr(), bytes);
+  return result;
 }
 
 inline Tensor uninitialised(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {

@@ -2,7 +2,6 @@
 #include "cpu/cross_entropy.h"
 
 #include "checks.h"
-#include "cpu/pages.h"
 
 namespace pyllm {
 namespace {
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits_in, const Tens
                                              int64_t ignore_index, double label_smoothing, double z_loss,
                                              bool gradient) {
   const Tensor logits = as_contiguous(logits_in);
-  Tensor dlogits = gradient ? uninitialised_large(logits, logits.sizes()) : uninitialised(logits, {0});
+  Tensor dlogits = gradient ? uninitialised(logits, logits.sizes()) : uninitialised(logits, {0});
   Tensor loss =
       forward(logits, gradient ? &dlogits : nullptr, target, weight, scale, ignore_index, label_smoothing, z_loss);
   return {loss, dlogits};
