@@ -34,7 +34,7 @@ CASES = [
 
 DECODING = [
     test_attention_decode.Case("alone", dim=40, kv_heads=4),
-    test_attention_decode.Case("shared", lengths=(1, 300, 37), capacity=512, heads=8, dim=72, page=16, rotary=16),
+    test_attention_decode.Case("shared", lengths=(1, 300, 37), capacity=512, heads=32, dim=72, page=16, rotary=16),
     test_attention_decode.Case("crowd", lengths=(5, 200), capacity=208, heads=18, kv_heads=1, new=2, dim=33),
 ]
 

@@ -1,5 +1,8 @@
-// Decoding's products on pairs of bf16, where several queries share the keys, so that the reading of memory is all of
-// the cost there, too. Queries and weights are rounded to bf16.
+// Decoding's products on pairs of bf16, where many queries share the keys, so that the reading of memory is all of the
+// cost there, too. Queries and weights are rounded to bf16.
+//
+// Measured on 2 cores of an AMD EPYC (Zen 5), AVX-512-BF16, 8 sequences of 4096 keys, head_dim 128, 2 key heads: with
+// 16 queries to a key head 2.35 ms in place of 2.55; with 8 it would be 4.3 in place of 3.2.
 #include "cpu/attention_decode.h"
 
 #include "cpu/attention_decode_passes.h"
@@ -57,12 +60,15 @@ class PairDecode {
 }  // namespace
 
 void attention_decode(const AttentionDecode& call, int64_t begin, int64_t end) {
-  // A single query's products in fp32 wait for memory already.
-  const bool single = call.heads / call.kv_heads * call.added == 1;
-  with_tiles([&] {
-    for (int64_t task = begin; task < end; ++task)
-      single ? decode<BFloat16, PlainDecode<BFloat16>>(call, task) : decode<BFloat16, PairDecode>(call, task);
-  });
+  // Of fewer queries the products in fp32 take less time than pairing the keys and values.
+  constexpr int64_t least = 16;
+  if (call.heads / call.kv_heads * call.added < least) {
+    for (int64_t task = begin; task < end; ++task) decode<BFloat16, PlainDecode<BFloat16>>(call, task);
+  } else {
+    with_tiles([&] {
+      for (int64_t task = begin; task < end; ++task) decode<BFloat16, PairDecode>(call, task);
+    });
+  }
 }
 
 }  // namespace pyllm::PYLLM_ISA
