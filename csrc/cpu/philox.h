@@ -118,6 +118,7 @@ inline void store_kept(const Dropout& dropout, const Words (&words)[4], Kept* ou
 #endif
 }
 
+// What is kept of the columns that some calls per lane serve, from `column` on, which is a multiple of kPhiloxGroup.
 template <int calls>
 inline void draw_columns(const Dropout& dropout, uint32_t row, int64_t column, Kept* out) {
   Words words[calls][4];
