@@ -1,14 +1,17 @@
 """pyllm.nn's modules against torch.nn's of the same name: numbers, gradients, empty rows, dropout, errors."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch_parity import MODULES, SMALL, E, H, assert_parity, compare, pair, results
 
 import pyllm.nn
 from pyllm import use_backend
+from pyllm.backend import recording
 from pyllm.testing import assert_within_budget
 
 L, S, B = 5, 7, 4
@@ -74,6 +77,24 @@ def test_constructor_arguments(name, norm_first, batch_first, activation, bias):
     ours, theirs = pair(name, *LAYER, layer_norm_eps=1e-2, **options)
     compare(ours, theirs, *inputs(name, batch_first=batch_first))
     compare(ours.eval(), theirs.eval(), *inputs(name, batched=False))
+
+
+@pytest.mark.parametrize(
+    "activation, fused",
+    [
+        (partial(F.gelu, approximate="tanh"), True),
+        (torch.nn.GELU("tanh"), True),
+        (torch.nn.SiLU(), True),
+        (partial(F.leaky_relu, negative_slope=0.2), False),
+        (torch.tanh, False),
+    ],
+    ids=["partial gelu", "module gelu", "module silu", "partial leaky", "tanh"],
+)
+def test_an_activation_that_the_kernel_knows_is_fused(activation, fused):
+    ours, theirs = pair("TransformerEncoderLayer", *LAYER, activation=activation)
+    with recording() as calls:
+        compare(ours, theirs, *inputs("TransformerEncoderLayer"))
+    assert any(call.op == "activation" for call in calls) == fused
 
 
 ATTENTIONS = {

@@ -1,6 +1,7 @@
 """The position-wise feed-forward network of a Transformer layer (Vaswani et al., 2017, section 3.3)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from pyllm.reference import GATED
 
 KINDS = ("relu", "gelu", "gelu_tanh", "silu", *GATED)
 _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
+_GELUS = {(F.gelu, "none"): "gelu", (F.gelu, "tanh"): "gelu_tanh"}  # functions with their argument bound
 _MODULES = {torch.nn.ReLU: "relu", torch.nn.GELU: "gelu", torch.nn.SiLU: "silu"}
 
 
@@ -24,6 +26,8 @@ def kind_of(activation: Callable[[Tensor], Tensor] | str) -> str | None:
     """The kind, as `pyllm.ops.activation` has it, of one of torch's functions or modules; None for another callable."""
     if isinstance(activation, str):
         return activation
+    if isinstance(activation, partial) and not activation.args and activation.keywords.keys() == {"approximate"}:
+        return _GELUS.get((activation.func, activation.keywords["approximate"]))
     if not isinstance(activation, Module):
         return _FUNCTIONS.get(activation)
     kind = _MODULES.get(type(activation)) if is_plain(activation, type(activation)) else None
