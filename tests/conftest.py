@@ -32,6 +32,15 @@ def target(request) -> tuple[str, str]:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules with tiny tensors: the threads of each worker would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def nan_filled_outputs():
     """Uninitialised memory holds NaN, so that an element that a kernel forgets is seen; gradients are repeatable."""

@@ -17,19 +17,13 @@ from pyllm.ops.attention import ATTENTION, _on, _unfit_for_native
 from pyllm.reference import AttentionCall, dropout_keep
 from pyllm.testing import check, randn
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the host model cannot be built: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"the host model cannot be built: {why_not()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 HOST = ("cuda_host", "cpu")  # what test_attention takes as a target
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The model has one; PyTorch's in each worker of the tests would but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -17,7 +17,10 @@ from pyllm.ops.softmax import LOG_SOFTMAX, SOFTMAX, _on
 from pyllm.reference import dropout_keep
 from pyllm.testing import check, randn
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the host model cannot be built: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"the host model cannot be built: {why_not()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 HOST = ("cuda_host", "cpu")  # what test_norm and test_softmax take as a target
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,15 +35,6 @@ MAKE = {
     "softmax": _on,
     "log_softmax": _on,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The model has one; PyTorch's in each worker of the tests would but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

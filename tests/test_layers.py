@@ -14,6 +14,8 @@ from pyllm import use_backend
 from pyllm.backend import recording
 from pyllm.testing import assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 L, S, B = 5, 7, 4
 LAYER = (E, H, 40, 0.0)
 LAYERS = ["TransformerEncoderLayer", "TransformerDecoderLayer"]
@@ -38,15 +40,6 @@ def allowed(*shape) -> torch.Tensor:
     mask = torch.rand(shape) < 0.4
     mask[..., 0] = False
     return mask
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are tiny: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- numbers ---

@@ -108,6 +108,23 @@ struct ScoreTile {
   float derivatives[N][4];  // of the softcap
 };
 
+// body(n, half, i, statistics of the query) for each of a thread's scores of a tile: element 2 half + i of fragment n.
+template <int N, class Memory, class Body>
+__device__ inline void for_scores(const Memory& memory, int buffer, Body&& body) {
+  struct alignas(16) Pair {
+    RowStatistics at[2];
+  };
+  const Shared<Pair> rows = memory.template rows<Pair>(buffer);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const Pair pair = rows[4 * n + lane_id() % 4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) body(n, half, i, pair.at[i]);
+  }
+}
+
 // P' (dropout applied, but for its factor) and dS' (before the softcap).
 template <class T, int D, bool FULL>
 __device__ inline void score_gradients(const AttentionBackward& args, const KeyBlock& keys, int head, int query_tile,
@@ -139,49 +156,31 @@ __device__ inline void score_gradients(const AttentionBackward& args, const KeyB
       seeing[half].end -= query;
     }
   }
-  struct alignas(16) Pair {
-    RowStatistics at[2];
-  };
-  const Shared<Pair> rows = memory.template rows<Pair>(buffer);
   const Scoring<T> scoring(call, s, head);
   const float factor = FULL ? 1.0f : call.scale * kLog2E;
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const Pair row = rows[4 * n + t];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& weight = tile.weights[0][n][2 * half + i];
-        float score = weight, derivative = 1;
-        if (cut && (8 * n + i < seeing[half].begin || 8 * n + i >= seeing[half].end)) {
-          score = -kInfinity;
-        } else if constexpr (FULL) {
-          score = scoring(score, query + 8 * n + i, key_tile + warp_key + 8 * half + g, derivative);
-        }
-        weight = exp2_approx(fmaf(score, factor, -row.at[i].lse));
-        if constexpr (FULL) tile.derivatives[n][2 * half + i] = derivative;
-      }
-  }
+  for_scores<N>(memory, buffer, [&](int n, int half, int i, const RowStatistics& row) {
+    float& weight = tile.weights[0][n][2 * half + i];
+    float score = weight, derivative = 1;
+    if (cut && (8 * n + i < seeing[half].begin || 8 * n + i >= seeing[half].end)) {
+      score = -kInfinity;
+    } else if constexpr (FULL) {
+      score = scoring(score, query + 8 * n + i, key_tile + warp_key + 8 * half + g, derivative);
+    }
+    weight = exp2_approx(fmaf(score, factor, -row.lse));
+    if constexpr (FULL) tile.derivatives[n][2 * half + i] = derivative;
+  });
   KeptWeights<N> kept;
   float kept_factor = 1;
   if (FULL && keys.dropout) {
     kept.draw(keys.dropout, static_cast<uint32_t>(s.index * call.heads + head), query_tile, key_tile + warp_key);
     kept_factor = static_cast<float>(keys.dropout.scale);
   }
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const Pair row = rows[4 * n + t];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float &weight = tile.weights[0][n][2 * half + i], &gradient = tile.gradients[0][n][2 * half + i];
-        const bool keep = !FULL || kept(n, half, i);
-        gradient = weight * ((keep ? gradient * kept_factor : 0) - row.at[i].delta);
-        if (!keep) weight = 0;
-      }
-  }
+  for_scores<N>(memory, buffer, [&](int n, int half, int i, const RowStatistics& row) {
+    float &weight = tile.weights[0][n][2 * half + i], &gradient = tile.gradients[0][n][2 * half + i];
+    const bool keep = !FULL || kept(n, half, i);
+    gradient = weight * ((keep ? gradient * kept_factor : 0) - row.delta);
+    if (!keep) weight = 0;
+  });
 }
 
 }  // namespace pyllm::cuda
