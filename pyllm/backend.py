@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from pyllm import _library, dispatch
+from pyllm.derivatives import transformed
 
 BACKENDS = ("native", "triton", "torch", "reference")
 
@@ -128,8 +129,11 @@ def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
 def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool = True) -> Callable:
     """The callable that serves op(tensor, *args), or a part of it. record: whether that is a call, for `explain`.
 
-    Raises CannotRun if the backend asked for cannot.
+    Under a transform of torch.func that is the reference, whatever is asked for. Raises CannotRun if the backend asked
+    for cannot.
     """
+    if transformed():
+        return _composed(op, record, tensor, *args, part=part)
     device = "cpu" if tensor.is_cpu else tensor.device  # a string's hash is at hand
     for width, elements, candidates in _plan(op.name, device, tensor.dtype, is_grad_enabled(), _override):  # noqa: B007
         if not (elements or width) or (tensor.numel() >= elements and tensor.shape[-1] >= width):
@@ -146,6 +150,18 @@ def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool 
                 return getattr(implementation, part)
         refusals.append(f"backend {name!r} cannot run {op.name}: {why}")
     raise CannotRun("; ".join(refusals))
+
+
+def _composed(op: Operator, record: bool, tensor: Tensor, *args, part: str) -> Callable:
+    """What a transform can follow: the reference, composed of PyTorch's operators."""
+    implementation = op.implementations["reference"]
+    why = None if implementation.unfit is None else implementation.unfit(tensor, *args)
+    if why is not None:
+        raise CannotRun(f"{op.name} cannot run under a transform of torch.func or forward-mode differentiation: {why}")
+    if _recording is not None and record:
+        reason = "composed of PyTorch's operators, for a transform of torch.func or forward-mode differentiation"
+        _record(op, "reference", reason, tensor, *args)
+    return getattr(implementation, part)
 
 
 # By least width and least number of elements, largest first: (backend, reason, why it can serve no such call or None)

@@ -338,10 +338,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     A pair is columns (c, c + R / 2), or (2c, 2c + 1) if interleaved.
     """
     half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    turned, rest = x.split((2 * half, x.shape[-1] - 2 * half), -1)
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.split(half, -1)
     pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    turned = torch.stack(pair, -1).reshape(turned.shape) if interleaved else torch.cat(pair, -1)
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
+from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
 from pyllm.ops._autocast import lower_precision
 from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
@@ -345,9 +345,16 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
             return out, lse
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dout, dlse):
             *tensors, out, lse = ctx.saved_tensors
+            if beyond_kernels(dout, dlse):
+                gradients = vjp(
+                    lambda *t: reference.attention(*t, *ctx.options),
+                    tensors,
+                    ctx.needs_input_grad[:_TENSORS],
+                    [dout, dlse],
+                )
+                return *gradients, *(None for _ in ctx.options)
             dout = torch.zeros_like(out) if dout is None else dout
             wanted = dict(zip(AttentionCall._fields, ctx.needs_input_grad, strict=True))
             asked = (wanted["attn_mask"], wanted["distance_bias"], torch.are_deterministic_algorithms_enabled())

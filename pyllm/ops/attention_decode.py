@@ -47,7 +47,8 @@ def attention_decode(
     """
     op = "attention_decode"
     _check(op, query, key_cache, value_cache, cache_seqlens, key, value, block_table)
-    if needs_grad(query, key_cache, value_cache, key, value):
+    biases = () if relative_bias is None else (relative_bias.table,)
+    if needs_grad(query, key_cache, value_cache, key, value, *biases, *(rotary or ())):
         raise RuntimeError(f"{op}: it has no gradient; call it under torch.no_grad()")
     if _checks.can_look(cache_seqlens):
         _check_lengths(op, query, key_cache, cache_seqlens, key, block_table, rotary)
