@@ -30,9 +30,10 @@ def beyond_kernels(*cotangents: Tensor | None) -> bool:
 def vjp(
     function: Callable, inputs: Sequence[Tensor | None], wanted: Sequence[bool], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of function(*inputs) for the inputs wanted, None for the others; differentiable where grad mode is on.
+    """The gradients of function(*inputs) for the inputs wanted, None for the others.
 
-    function returns a tensor or several, composed of PyTorch's operators; a cotangent of None stands for zeros.
+    They are differentiable where grad mode is on. function returns a tensor or several, composed of PyTorch's
+    operators; a cotangent of None stands for zeros.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():

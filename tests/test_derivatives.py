@@ -203,7 +203,8 @@ def test_targets_are_not_read_under_a_transform(target):
     logits, classes = torch.randn(3, 4, 8, device=device), torch.randint(8, (3, 4), device=device)
     with use_backend(backend):
         losses = vmap(ops.cross_entropy)(logits, classes)
-        torch.testing.assert_close(losses, torch.stack([ops.cross_entropy(x, c) for x, c in zip(logits, classes)]))
+        singles = [ops.cross_entropy(x, c) for x, c in zip(logits, classes, strict=True)]
+    torch.testing.assert_close(losses, torch.stack(singles))
 
 
 @composed_targets

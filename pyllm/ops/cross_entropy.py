@@ -35,9 +35,9 @@ def cross_entropy(
     logits' dtype, and is float32 under autocast, as torch's.
 
     The forward computes the gradient of the logits too, where one is required. inplace=True lets it take the place of
-    the logits, which are then consumed: later autograd use of them raises RuntimeError. They must be contiguous and no
-    view. Under torch.compile, whose own planning decides on memory, and under torch.func, inplace changes nothing; there
-    is no second derivative of consumed logits.
+    the logits, which are then consumed: later autograd use of them raises RuntimeError, and so does a second
+    derivative. They must be contiguous and no view. Under torch.compile, whose own planning decides on memory, and
+    under torch.func, inplace changes nothing.
 
     Raises TypeError, ValueError or RuntimeError for a dtype, a shape, a number or a device that does not fit.
     Targets outside [0, V) raise IndexError on the CPU; on a GPU, where looking would synchronise, and in a compiled
@@ -237,8 +237,9 @@ def _hessian_product(
 ) -> Tensor:
     """The product of `vector` with the second derivative of the losses whose gradient (..., V) is given.
 
-    That gradient is scale * (k p - b at the target - c) with the probabilities p, b = (1 - label_smoothing) weight[target],
-    c = label_smoothing / V weight and k = b + sum(c) + 2 z_loss lse, so k is found from its sum over the classes, and p.
+    With the probabilities p, that gradient is scale * (k p - b at the target - c), b = (1 - label_smoothing) times the
+    target's weight, c = label_smoothing / V times each class's and k = b + sum(c) + 2 z_loss lse: its sum over the
+    classes tells k, and then itself p.
     """
     classes = gradient.shape[-1]
     kept = (target != ignore_index)[..., None]

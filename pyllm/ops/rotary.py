@@ -16,8 +16,9 @@ from pyllm.reference import statistics_type
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False) -> Tensor:
     """Turns pairs of the first R columns of x by the angles whose cos and sin are given; other columns pass through.
 
-    x: (B, H, S, D), any strides; cos and sin: (S, R / 2) or (B, S, R / 2), floating, R up to D. A pair is columns (c, c + R / 2), or (2c, 2c + 1) if interleaved. inverse turns back. Returns x's shape and dtype,
-    stored as (B, S, H, D). Raises TypeError, ValueError or RuntimeError for what does not fit.
+    x: (B, H, S, D), any strides; cos and sin: (S, R / 2) or (B, S, R / 2), floating, R up to D. A pair is columns
+    (c, c + R / 2), or (2c, 2c + 1) if interleaved. inverse turns back. All three have gradients. Returns x's shape and
+    dtype, stored as (B, S, H, D). Raises TypeError, ValueError or RuntimeError for what does not fit.
     """
     args = (x, *_tables("rotary", x, cos, sin), interleaved, inverse)
     return select(ROTARY, *args)(*args)
