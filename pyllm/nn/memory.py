@@ -98,7 +98,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, source: Source
 def branch_linear(x: Tensor, module: Module) -> tuple[Tensor, Tensor | None]:
     """A branch's last linear layer on x, as a tensor and a bias that is yet to be added.
 
-    The module is one that torch.nn.MultiheadAttention does not call: hooks of all modules do not see it either.
+    The module is one that torch.nn.MultiheadAttention does not call: here it is where it has something of its own, but
+    hooks of all modules and methods replaced on its class do not see it, as in torch.
     """
     if is_unchanged(module, *LINEAR):
         return linear(x, module.weight), module.bias

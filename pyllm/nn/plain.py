@@ -13,13 +13,13 @@ _written: dict[type, tuple] = {}
 
 def is_plain(module: object, *kinds: type[Module]) -> bool:
     """Whether calling a module does what its class says and nothing else, and nobody watches calls of modules."""
-    return is_unchanged(module, *kinds) and not _watched()
+    return is_unchanged(module, *kinds) and is_written(type(module)) and not _watched()
 
 
 def is_unchanged(module: object, *kinds: type[Module]) -> bool:
-    """Whether a module is exactly of one of the kinds, and calling this one does what the class says.
+    """Whether a module is exactly of one of the kinds, and calling this one does what calling any other does.
 
-    It does not with hooks, parametrisations, a compiled or a replaced forward, on the module or on its class.
+    It does not with hooks, parametrisations, a compiled or a replaced forward.
     """
     return type(module) in kinds and not (
         module._forward_hooks
@@ -29,7 +29,6 @@ def is_unchanged(module: object, *kinds: type[Module]) -> bool:
         or module._compiled_call_impl is not None
         or "forward" in module.__dict__
         or "_call_impl" in module.__dict__
-        or not is_written(type(module))
     )
 
 
