@@ -7,8 +7,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 LINEAR = (Linear, NonDynamicallyQuantizableLinear)  # the second is what torch.nn.MultiheadAttention projects with
 
-# The methods of a class as its source has them, and the class of torch's that it stands for, or None.
-_written: dict[type, tuple] = {}
+# The forward of a class as its source has it, and the class of torch's that it stands for, or None.
+_written: dict[type, tuple[object, type[Module] | None]] = {}
 
 
 def is_plain(module: object, *kinds: type[Module]) -> bool:
@@ -34,21 +34,25 @@ def is_unchanged(module: object, *kinds: type[Module]) -> bool:
 
 def is_written(kind: type[Module]) -> bool:
     """Whether calls of a class run what its source says: nobody replaced a method of it, or of torch's class of it."""
-    forward, call, call_impl, theirs = _written.get(kind) or remember(kind)
+    forward, theirs = _written.get(kind) or _note(kind)
     return (
         kind.forward is forward
-        and kind._call_impl is call_impl
-        and (kind.__call__ is call or _by_fx(kind.__call__))
+        and kind._call_impl is _CALL_IMPL
+        and (kind.__call__ is _CALL or _by_fx(kind.__call__))
         and (theirs is None or is_written(theirs))
     )
 
 
-def remember(kind: type[Module], theirs: type[Module] | None = None) -> tuple:
-    """Notes what `is_written` compares with; theirs: the class of torch's that a decorated one stands for."""
-    forward = source_method(kind, "forward") if theirs is None else kind.forward
-    methods = (forward, source_method(kind, "__call__"), source_method(kind, "_call_impl"))
-    _written[kind] = noted = (*methods, theirs)
-    return noted
+def stands_for(kind: type[Module], theirs: type[Module]) -> None:
+    """kind.forward is what its source has, and replaces that of torch's class."""
+    _written[kind] = kind.forward, theirs
+
+
+def _note(kind: type[Module]) -> tuple[object, None]:
+    forward = source_method(kind, "forward")
+    if forward is not None:  # otherwise it may yet come back
+        _written[kind] = forward, None
+    return forward, None
 
 
 def source_method(kind: type, name: str) -> object:
@@ -56,6 +60,9 @@ def source_method(kind: type, name: str) -> object:
     owner = next(c for c in kind.__mro__ if name in c.__dict__)
     method = owner.__dict__[name]
     return method if getattr(method, "__globals__", {}).get("__name__") == owner.__module__ else None
+
+
+_CALL, _CALL_IMPL = (source_method(Module, name) for name in ("__call__", "_call_impl"))
 
 
 def _by_fx(call: object) -> bool:

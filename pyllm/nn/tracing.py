@@ -2,13 +2,17 @@
 
 from copy import copy
 from functools import wraps
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.fx import _symbolic_trace
 from torch.nn import Module
 
 from pyllm.backend import use_backend
-from pyllm.nn.plain import is_plain, is_written, remember
+from pyllm.nn.plain import is_plain, is_written, stands_for
+
+_drop_ins: dict[type[Module], type[Module]] = {}
+_kept: WeakKeyDictionary[Module, Module] = WeakKeyDictionary()
 
 
 def drop_in(cls: type[Module]) -> type[Module]:
@@ -35,14 +39,24 @@ def drop_in(cls: type[Module]) -> type[Module]:
     def __prepare_scriptable__(self):
         if type(self) is not cls:
             return self
-        same = copy(self)
-        same.__dict__["_modules"] = self._modules.copy()  # in which scripting puts what it makes of the submodules
-        same.__class__ = theirs
+        same = _torchs(self, {})
+        _kept[same] = self  # scripting knows modules by their id, also those that it lets go
         return same
 
     cls.forward, cls.__prepare_scriptable__ = forward, __prepare_scriptable__
-    remember(cls, theirs)
+    stands_for(cls, theirs)
+    _drop_ins[cls] = theirs
     return cls
+
+
+def _torchs(module: Module, made: dict[Module, Module]) -> Module:
+    """The module on the same parameters with torch's classes in place of drop-ins, as a new object, submodules too."""
+    if module not in made and not isinstance(module, torch.jit.ScriptModule):
+        made[module] = same = copy(module)
+        same.__class__ = _drop_ins.get(type(module), type(module))
+        parts = {name: None if part is None else _torchs(part, made) for name, part in module._modules.items()}
+        same.__dict__["_modules"] = parts
+    return made.get(module, module)
 
 
 def leaf(cls: type[Module]) -> type[Module]:
@@ -67,7 +81,7 @@ def leaf(cls: type[Module]) -> type[Module]:
         raise NotImplementedError(f"{cls.__name__} is not for torch.jit.script: use torch.export or torch.compile")
 
     cls.forward, cls.__prepare_scriptable__ = forward, __prepare_scriptable__
-    remember(cls, Module)
+    stands_for(cls, Module)
     return cls
 
 
