@@ -3,12 +3,17 @@
 import torch
 from torch.nn import Linear, Module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 LINEAR = (Linear, NonDynamicallyQuantizableLinear)  # the second is what torch.nn.MultiheadAttention projects with
 
-# The forward of a class as its source has it, and the class of torch's that it stands for, or None.
-_written: dict[type, tuple[object, type[Module] | None]] = {}
+# The forward of a class as its source has it; the class of torch's that it stands for, or itself, and that one's.
+_written: dict[type, tuple[object, type[Module], object]] = {}
 
 
 def is_plain(module: object, *kinds: type[Module]) -> bool:
@@ -34,25 +39,27 @@ def is_unchanged(module: object, *kinds: type[Module]) -> bool:
 
 def is_written(kind: type[Module]) -> bool:
     """Whether calls of a class run what its source says: nobody replaced a method of it, or of torch's class of it."""
-    forward, theirs = _written.get(kind) or _note(kind)
+    forward, theirs, of_theirs = _written.get(kind) or _note(kind)
     return (
         kind.forward is forward
+        and theirs.forward is of_theirs
         and kind._call_impl is _CALL_IMPL
         and (kind.__call__ is _CALL or _by_fx(kind.__call__))
-        and (theirs is None or is_written(theirs))
     )
 
 
-def stands_for(kind: type[Module], theirs: type[Module]) -> None:
-    """kind.forward is what its source has, and replaces that of torch's class."""
-    _written[kind] = kind.forward, theirs
+def stands_for(kind: type[Module], theirs: type[Module]) -> object:
+    """kind.forward is what its source has, and replaces that of torch's class, which is returned."""
+    forward = source_method(theirs, "forward")
+    _written[kind] = kind.forward, theirs, forward
+    return forward
 
 
-def _note(kind: type[Module]) -> tuple[object, None]:
+def _note(kind: type[Module]) -> tuple[object, type[Module], object]:
     forward = source_method(kind, "forward")
     if forward is not None:  # otherwise it may yet come back
-        _written[kind] = forward, None
-    return forward, None
+        _written[kind] = forward, kind, forward
+    return forward, kind, forward
 
 
 def source_method(kind: type, name: str) -> object:
@@ -72,7 +79,13 @@ def _by_fx(call: object) -> bool:
 
 def _watched() -> bool:
     """Whether there are hooks of all modules, or a trace that names them."""
-    return bool(_has_any_global_hook()) or torch._C._get_tracing_state() is not None
+    return bool(
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+        or torch._C._get_tracing_state()
+    )
 
 
 # What torch.compiler.assume_constant_result does: a graph has the hooks that there were when it was made.

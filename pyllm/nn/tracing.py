@@ -9,7 +9,7 @@ from torch.fx import _symbolic_trace
 from torch.nn import Module
 
 from pyllm.backend import use_backend
-from pyllm.nn.plain import is_plain, is_written, stands_for
+from pyllm.nn.plain import is_plain, stands_for
 
 _drop_ins: dict[type[Module], type[Module]] = {}
 _kept: WeakKeyDictionary[Module, Module] = WeakKeyDictionary()
@@ -28,8 +28,8 @@ def drop_in(cls: type[Module]) -> type[Module]:
 
     @wraps(ours)
     def forward(self, *args, **kwargs):
-        if _asks(theirs):
-            if not is_written(theirs) or torch._C._get_tracing_state() is not None:
+        if _asks(theirs, written):
+            if theirs.forward is not written or torch._C._get_tracing_state() is not None:
                 return theirs.forward(self, *args, **kwargs)
             node = _node(self, cls, args, kwargs)
             if node is not None:
@@ -44,7 +44,7 @@ def drop_in(cls: type[Module]) -> type[Module]:
         return same
 
     cls.forward, cls.__prepare_scriptable__ = forward, __prepare_scriptable__
-    stands_for(cls, theirs)
+    written = stands_for(cls, theirs)
     _drop_ins[cls] = theirs
     return cls
 
@@ -68,7 +68,7 @@ def leaf(cls: type[Module]) -> type[Module]:
 
     @wraps(ours)
     def forward(self, *args, **kwargs):
-        if _asks(Module):
+        if _asks(Module, written):
             if torch._C._get_tracing_state() is not None:
                 with use_backend("reference"):
                     return ours(self, *args, **kwargs)
@@ -81,13 +81,13 @@ def leaf(cls: type[Module]) -> type[Module]:
         raise NotImplementedError(f"{cls.__name__} is not for torch.jit.script: use torch.export or torch.compile")
 
     cls.forward, cls.__prepare_scriptable__ = forward, __prepare_scriptable__
-    stands_for(cls, Module)
+    written = stands_for(cls, Module)
     return cls
 
 
-def _asks(theirs: type[Module]) -> bool:
-    """Whether a call is a tracer's, or torch's class was changed."""
-    return _symbolic_trace._is_fx_tracing_flag or torch._C._get_tracing_state() is not None or not is_written(theirs)
+def _asks(theirs: type[Module], written: object) -> bool:
+    """Whether a call is a tracer's, or torch's forward is not what was written."""
+    return bool(_symbolic_trace._is_fx_tracing_flag or torch._C._get_tracing_state() or theirs.forward is not written)
 
 
 _asks._dynamo_marked_constant = True
