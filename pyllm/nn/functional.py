@@ -185,3 +185,7 @@ def _four_dimensions(query, key, value, attn_mask, enable_gqa):
         attn_mask = attn_mask.expand(*batch, *tail).reshape(math.prod(batch), *tail)
     flat = query.dim() == key.dim() == value.dim() == 2
     return () if flat else (*batch, heads[0]), *tensors, attn_mask
+
+
+for _name in ("layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "scaled_dot_product_attention"):
+    torch.fx.wrap(_name)  # a node of torch.fx.symbolic_trace
