@@ -9,6 +9,7 @@ queries, keys, values and attention's output (5), the sums that are normed (2), 
 activation (5). torch.nn's layer keeps 19 and, with dropout, matrices of attention weights and of masks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -44,17 +45,21 @@ def flat(source: Source | None) -> tuple:
     return () if source is None else (source.compute, *(t if t is None else t.detach() for t in source.tensors))
 
 
+def matrix(x: Tensor) -> Tensor:
+    """x (..., N) as (T, N), also where a size is 0, beside which none can be inferred."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 class Kept:
     """A matrix that the backward of a Function needs: itself, or what it is made from. `tensors` are to be saved."""
 
     def __init__(self, x: Tensor, source: tuple):
-        self._width = x.shape[-1]
         self._compute, *self.tensors = source or (None, x)
 
     def restore(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """The matrix (T, width), from the saved tensors."""
         x = tensors[0] if self._compute is None else self._compute(*tensors)
-        return x.reshape(-1, self._width)
+        return matrix(x)
 
 
 def in_one_precision(
@@ -101,8 +106,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dout):
         weight, *kept = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *rest = ctx.needs_input_grad
-        rows = dout.reshape(-1, dout.shape[-1])
-        dx = (rows @ weight).view(*dout.shape[:-1], -1) if wants_x else None
+        rows = matrix(dout)
+        dx = (rows @ weight).view(*dout.shape[:-1], weight.shape[1]) if wants_x else None
         dweight = rows.mT @ ctx.input.restore(kept) if wants_weight else None
         dbias = rows.sum(0) if wants_bias else None
         return dx, dweight, dbias, *(None for _ in rest)
