@@ -11,6 +11,7 @@ import torch
 from torch.nn import Module
 
 from pyllm import nn
+from pyllm.nn.plain import is_written
 
 _NAMES = [name for name in nn.__all__ if isinstance(getattr(torch.nn, name, None), type)]  # those that torch has too
 _REPLACEMENTS = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
@@ -93,6 +94,8 @@ def _unfit(module: Module) -> str | None:
         return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.{base.__name__}"
     if "forward" in module.__dict__:
         return f"{kind.__name__}.forward was replaced on this instance"
+    if not is_written(kind):
+        return f"a method of torch.nn.{kind.__name__} was replaced"
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dtype not in _DTYPES:
             return f"{kind.__name__}.{name} is {parameter.dtype}"

@@ -10,9 +10,11 @@ from pyllm.nn.cache import KVCache
 from pyllm.nn.encoder import EncoderLayer, causal_hint
 from pyllm.nn.residual import ResidualLayer, Sublayer, of_module, run_sublayers
 from pyllm.nn.self_attention import CrossAttention
+from pyllm.nn.tracing import drop_in, leaf
 from pyllm.ops import RelativeBias
 
 
+@leaf
 class DecoderLayer(EncoderLayer):
     """`EncoderLayer`, causal by default, with cross-attention before the feed-forward unless cross=False.
 
@@ -70,6 +72,7 @@ class DecoderLayer(EncoderLayer):
         return self._run(tgt, attending, crossing, feeding)
 
 
+@drop_in
 class TransformerDecoderLayer(ResidualLayer, torch.nn.TransformerDecoderLayer):
     """Replaces torch.nn.TransformerDecoderLayer: same constructor, parameters, masks, numbers.
 
@@ -110,6 +113,7 @@ class TransformerDecoderLayer(ResidualLayer, torch.nn.TransformerDecoderLayer):
         return run_sublayers(tgt, None, sublayers, self.norm_first, self.save)[0]
 
 
+@drop_in
 class TransformerDecoder(torch.nn.TransformerDecoder):
     """Replaces torch.nn.TransformerDecoder: same constructor, parameters, numbers.
 

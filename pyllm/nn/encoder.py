@@ -11,18 +11,20 @@ from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from pyllm.nn.attention import MultiheadAttention
 from pyllm.nn.cache import KVCache
-from pyllm.nn.feedforward import FeedForward
+from pyllm.nn.feedforward import FeedForward, fuses
 from pyllm.nn.memory import Source, check_plan
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.packing import Packing, pad, take
-from pyllm.nn.plain import is_plain
-from pyllm.nn.residual import ResidualLayer, Sublayer, of_module, run_parallel, run_sublayers
+from pyllm.nn.plain import LINEAR, is_plain, is_unchanged
+from pyllm.nn.residual import ResidualLayer, Sublayer, is_row_norm, of_module, run_parallel, run_sublayers
 from pyllm.nn.self_attention import SelfAttention
+from pyllm.nn.tracing import drop_in, leaf
 from pyllm.ops import RelativeBias
 
 _PACKED_SHARE = 0.9  # of tokens in a padded batch, up to which moving them twice pays
 
 
+@leaf
 class EncoderLayer(Module):
     """The configurable block: self-attention and a feed-forward network, each with residual, dropout and norm.
 
@@ -180,6 +182,7 @@ def _check_sizes(d_model, nhead, dim_feedforward, head_dim, kv_heads) -> None:
         raise ValueError(f"nhead {nhead} must be a multiple of num_kv_heads {kv_heads}")
 
 
+@drop_in
 class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
     """Replaces torch.nn.TransformerEncoderLayer: same constructor, parameters, masks, numbers.
 
@@ -218,15 +221,23 @@ class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
         return run_sublayers(x, source, sublayers, self.norm_first, self.save)
 
     def packs(self) -> bool:
-        """Whether tokens without padding can go through `run`: nothing in it is the user's own."""
-        return is_plain(self, TransformerEncoderLayer) and (
-            is_plain(self.self_attn, MultiheadAttention)
+        """Whether tokens without padding can go through `run`: nothing in it is the user's own or looks at them."""
+        return (
+            is_plain(self, TransformerEncoderLayer)
+            and all(self._is_torchs(name) for name in self._blocks)
+            and is_plain(self.self_attn, MultiheadAttention)
             and self.self_attn.bias_k is None
             and not self.self_attn.add_zero_attn
-            and self._sa_block.__func__ is self._torch._sa_block
+            and is_unchanged(self.self_attn.out_proj, *LINEAR)
+            and is_row_norm(self.norm1)
+            and is_row_norm(self.norm2)
+            and is_plain(self.dropout1, torch.nn.Dropout)
+            and is_plain(self.dropout2, torch.nn.Dropout)
+            and fuses(self.linear1, self.activation, self.dropout, self.linear2)
         )
 
 
+@drop_in
 class TransformerEncoder(torch.nn.TransformerEncoder):
     """Replaces torch.nn.TransformerEncoder: same constructor, parameters, numbers.
 

@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Linear, Module
 
 from pyllm.backend import select
-from pyllm.nn.memory import Kept, Source, by_hand, flat, in_one_precision, matrix
-from pyllm.nn.plain import is_plain
+from pyllm.nn.memory import Source, by_hand, flat, in_one_precision, kept, matrix, restored
+from pyllm.nn.plain import LINEAR, is_plain
+from pyllm.nn.tracing import leaf
 from pyllm.ops._registration import draw_rng
 from pyllm.ops.activation import ACTIVATION
 from pyllm.reference import GATED
@@ -40,6 +41,12 @@ def activate(x: Tensor, bias: Tensor | None, dropout_p: float, kind: str) -> Ten
     return select(ACTIVATION, *args)(*args)
 
 
+def fuses(linear1: Module, activation: Callable[[Tensor], Tensor] | str, dropout: Module, linear2: Module) -> bool:
+    """Whether `feed_forward` calls none of the modules."""
+    plain = is_plain(linear1, *LINEAR) and is_plain(linear2, *LINEAR) and is_plain(dropout, torch.nn.Dropout)
+    return plain and kind_of(activation) is not None
+
+
 def feed_forward(
     x: Tensor,
     source: Source | None,
@@ -55,9 +62,7 @@ def feed_forward(
     one kernel, and `save` says what is kept for the backward.
     """
     kind = kind_of(activation)
-    if kind is None or not (
-        is_plain(linear1, Linear) and is_plain(linear2, Linear) and is_plain(dropout, torch.nn.Dropout)
-    ):
+    if not fuses(linear1, activation, dropout, linear2):
         hidden = linear1(x)
         return linear2(dropout(activation(hidden) if callable(activation) else activate(hidden, None, 0.0, kind))), None
     dropout_p = dropout.p if dropout.training else 0.0
@@ -80,7 +85,6 @@ class _FeedForward(torch.autograd.Function):
             ctx.value = select(ACTIVATION, hidden, None, bias1, *options, part="value")
             ctx.gradient = select(ACTIVATION, hidden, None, bias1, *options, part="gradient", record=False)
         active = ctx.value(hidden, None, bias1, *options)
-        ctx.input = Kept(x, source)
         ctx.options = (dropout_p, kind)
         ctx.save_for_backward(
             weight1,
@@ -89,16 +93,16 @@ class _FeedForward(torch.autograd.Function):
             rng,
             hidden if save != "recompute" else None,
             active if save == "all" else None,
-            *ctx.input.tensors,
+            *kept(ctx, x, source),
         )
         return (active @ weight2.mT).view(*x.shape[:-1], weight2.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        weight1, bias1, weight2, rng, hidden, active, *kept = ctx.saved_tensors
+        weight1, bias1, weight2, rng, hidden, active, *saved = ctx.saved_tensors
         wants_x, wants_weight1, wants_bias1, wants_weight2, *rest = ctx.needs_input_grad
-        x = ctx.input.restore(kept) if hidden is None or wants_weight1 else None
+        x = restored(ctx, saved) if hidden is None or wants_weight1 else None
         if hidden is None:
             hidden = x @ weight1.mT
         rows = matrix(dout)
@@ -115,6 +119,7 @@ class _FeedForward(torch.autograd.Function):
         return dx, dweight1, dbias1 if wants_bias1 else None, dweight2, *(None for _ in rest)
 
 
+@leaf
 class FeedForward(Module):
     """`feed_forward` with its own modules, plain or gated.
 

@@ -234,3 +234,7 @@ def _four_dimensions(batch, heads, query, key, value, attn_mask, enable_gqa) -> 
         tail = attn_mask.shape[-3:]
         attn_mask = attn_mask.expand(*batch, *tail).reshape(math.prod(batch), *tail)
     return *tensors, attn_mask
+
+
+for _name in ("layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "scaled_dot_product_attention"):
+    torch.fx.wrap(_name)  # a node of torch.fx.symbolic_trace

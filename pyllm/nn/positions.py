@@ -5,9 +5,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyllm import ops
+from pyllm.nn.tracing import leaf
 from pyllm.ops import RelativeBias
 
 
+@leaf
 class SinusoidalPositions(Module):
     """Adds sin and cos of position / 10000^(2c / d_model) in columns 2c and 2c + 1 (Vaswani et al., 2017, 3.5).
 
@@ -37,6 +39,7 @@ class SinusoidalPositions(Module):
         return f"{self.d_model}, max_len={self.max_len}"
 
 
+@leaf
 class LearnedPositions(torch.nn.Embedding):
     """Adds a learned vector to each of max_len positions: weight (max_len, d_model), at first N(0, 0.02)."""
 
@@ -63,6 +66,7 @@ def _rows(module: Module, table: Tensor, x: Tensor, positions: Tensor | None) ->
     return table[: x.shape[-2]]
 
 
+@leaf
 class Rotary(Module):
     """Rotary position embedding (Su et al., 2021): turns pairs of the first dim columns of queries and keys.
 

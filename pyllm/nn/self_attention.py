@@ -8,8 +8,9 @@ from pyllm import ops
 from pyllm.nn.cache import KVCache
 from pyllm.nn.memory import Source, linear
 from pyllm.nn.packing import Packing
-from pyllm.nn.plain import is_plain
+from pyllm.nn.plain import LINEAR, is_plain
 from pyllm.nn.positions import RelativePositionBias, Rotary, alibi_slopes
+from pyllm.nn.tracing import leaf
 from pyllm.ops import RelativeBias
 from pyllm.reference import statistics_type
 
@@ -45,13 +46,13 @@ class _Attention(Module):
     def _merge(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """The projection of (B, H, S, D), and its bias, which is yet to be added."""
         out = out.transpose(1, 2).flatten(2)
-        if is_plain(self.out, Linear):
+        if is_plain(self.out, *LINEAR):
             return linear(out, self.out.weight), self.out.bias
         return self.out(out), None
 
     def _project(self, projection: Module, x: Tensor, source: Source | None, *heads: int) -> list[Tensor]:
         """The projection of x (B, S, d_model) as views (B, heads, S, D). source: how x is made again, or None."""
-        if is_plain(projection, Linear):
+        if is_plain(projection, *LINEAR):
             return self._split(linear(x, projection.weight, projection.bias, source), *heads)
         return self._split(projection(x), *heads)
 
@@ -65,6 +66,7 @@ class _Attention(Module):
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
+@leaf
 class SelfAttention(_Attention):
     """Attention of x over itself: one product for queries, keys and values, in this order in qkv's rows, by heads.
 
@@ -203,6 +205,7 @@ class SelfAttention(_Attention):
         return f"{super().extra_repr()}, window={self.window}, causal={self.causal}{position}"
 
 
+@leaf
 class CrossAttention(_Attention):
     """Attention of x over a memory, beside a `SelfAttention` whose sizes and options it takes over.
 
