@@ -4,16 +4,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import KERNELS, WITHOUT_TORCH
 from torch import Tensor
 
 import pyllm
 from pyllm import reference
 from pyllm.ops import RelativeBias, attention, attention_decode
 from pyllm.testing import check, randn
-
-SERVING = [t for t in TARGETS if t.values[0][0] != "torch"]
-KERNELS = [t for t in SERVING if t.values[0][0] != "reference"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_within_budget(case: Case, dtype: torch.dtype, target):
@@ -98,7 +95,7 @@ def test_within_budget(case: Case, dtype: torch.dtype, target):
     check(case.call, case.inputs(dtype, device), backend)
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_steps_add_up_to_causal_attention(target):
     backend, device = target
     query, key, value = (randn(2, h, 12, 8, device=device, grad=False) for h in (4, 2, 2))
