@@ -100,6 +100,22 @@ def test_classes_without_a_chance(target):
 
 
 @pytest.mark.parametrize("target", COMPARED)
+@pytest.mark.parametrize("width", [40, 20_000])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_targets_without_a_chance(target, label_smoothing, reduction, width):
+    """Losses of inf, as in torch, whose gradient is finite: every class's softmax less its share."""
+    backend, device = target
+    logits = randn(4, width, device=device, grad=False)
+    logits[0, 3] = logits[1, 5 : width - 1] = logits[3, 0] = -torch.inf  # the target; all but six; another class
+    inputs = {"logits": logits.requires_grad_(), "target": torch.tensor([3, 7, 8, 9], device=device)}
+    function = loss(label_smoothing=label_smoothing, reduction=reduction)
+    check(function, inputs, backend)
+    (value,), (gradient,) = evaluate(function, inputs, backend)
+    assert torch.isinf(value).any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("target", COMPARED)
 def test_strided_logits_and_targets(target):
     backend, device = target
     logits = randn(9, 2, 66, device=device, grad=False)[:, :, ::2].transpose(0, 1).requires_grad_()
@@ -194,7 +210,8 @@ def test_a_kept_graph_gives_the_same_gradient_again(target, reduction):
     with use_backend(backend):
         value = ops.cross_entropy(logits, index, reduction=reduction)
         cotangent = torch.full_like(value, 3.0)
-        first, second = (torch.autograd.grad(value, logits, cotangent, retain_graph=True)[0] for _ in range(2))
+        # Copies: the three may lie in the same memory.
+        first, second = (torch.autograd.grad(value, logits, cotangent, retain_graph=True)[0].clone() for _ in range(2))
         (third,) = torch.autograd.grad(value, logits, cotangent)
     assert torch.equal(first, second) and torch.equal(first, third) and first.any()
 
@@ -214,13 +231,18 @@ def test_the_gradient_is_not_touched_where_the_incoming_one_is_one(target):
 
 @pytest.mark.parametrize("target", KERNELS)
 def test_float16_gradients_survive_the_mean(target):
-    """1 / rows of a softmax underflows in float16 unless a loss scale is multiplied in before rounding."""
+    """1 / rows of a softmax underflows in float16 unless a loss scale is multiplied in before rounding.
+
+    Four rows weigh as much as 131,072, and are not looked at.
+    """
     backend, device = target
-    logits = randn(4096, 17, dtype=torch.float16, device=device)
-    index = targets((4096, 17), device)
+    logits = randn(64, 17, dtype=torch.float16, device=device)
+    index = (torch.arange(64, device=device) % 16).index_fill_(0, torch.arange(4, device=device), 16)
+    weight = torch.ones(17, device=device).index_fill_(0, torch.tensor(16, device=device), 2.0**15)
 
     def gradient(function, logits):
-        return torch.autograd.grad(function(logits, index).float() * 2.0**16, logits)[0]
+        loss = function(logits, index, weight=weight.to(logits.dtype))
+        return torch.autograd.grad(loss.float() * 2.0**16, logits)[0][4:]
 
     truth = gradient(F.cross_entropy, logits.detach().double().requires_grad_())
     with torch.autocast(device, torch.float16), use_backend(backend):

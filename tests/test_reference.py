@@ -108,14 +108,19 @@ def test_softmax(name, is_causal, masking):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 def test_cross_entropy(label_smoothing, weighted, reduction):
+    """Classes without a chance too, the target's among them."""
     target = torch.tensor([3, -100, 0, 36, -100, 7])
+    hopeless = torch.zeros(6, 37, dtype=torch.float64)
+    hopeless[0, 3] = hopeless[2, 1:] = hopeless[3, 5] = -torch.inf
     weight = torch.rand(37, dtype=torch.float64) if weighted else None
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
 
-    def ours(x):
-        return ops.cross_entropy(x, target, weight=weight, **options)
-
-    assert_equal(ours, lambda x: F.cross_entropy(x, target, weight=weight, **options), rand(6, 37))
+    for added in (0.0, hopeless):
+        assert_equal(
+            lambda x, added=added: ops.cross_entropy(x + added, target, weight=weight, **options),
+            lambda x, added=added: F.cross_entropy(x + added, target, weight=weight, **options),
+            rand(6, 37),
+        )
 
     def linear(hidden, matrix, bias):
         return ops.linear_cross_entropy(hidden, matrix, target, bias, **options)
