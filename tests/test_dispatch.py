@@ -226,3 +226,27 @@ def test_the_gpu_tests_are_collected_where_there_is_a_gpu():
 def test_import_leaves_the_cuda_library_alone():
     code = "import pyllm\nassert 'pyllm_cuda' not in open('/proc/self/maps').read()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_settings_of_the_backend_are_nested():
+    """Each context gives back what was there before it, an exception or not; a call stays."""
+    names = [None, "reference", "torch", "reference", None]
+    seen = []
+
+    def inside(rest):
+        if rest:
+            with pyllm.use_backend(rest[0]):
+                seen.append(backend.asked())
+                inside(rest[1:])
+                seen.append(backend.asked())
+
+    before = backend.asked()
+    inside(names)
+    assert seen == [*names, *reversed(names)] and backend.asked() == before
+    with pytest.raises(KeyError), pyllm.use_backend("torch"), pyllm.use_backend("reference"):
+        raise KeyError
+    assert backend.asked() == before
+    with pyllm.use_backend("torch"):
+        with pytest.raises(ValueError, match="unknown backend"):
+            pyllm.use_backend("cudnn")
+        assert backend.asked() == "torch"
