@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attention_case import BOTTOM, CAUSAL, DROPOUT, Case
-from conftest import TARGETS
+from conftest import COMPARED, KERNELS, WITHOUT_TORCH
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +18,6 @@ from pyllm.ops import attention
 from pyllm.ops._registration import draw_rng
 from pyllm.testing import DTYPES, check, evaluate, randn
 
-WITHOUT_TORCH = [t for t in TARGETS if t.values[0][0] != "torch"]
-KERNELS = [t for t in WITHOUT_TORCH if t.values[0][0] != "reference"]
 OTHERS = [d for d in DTYPES if d != torch.float32]
 
 
@@ -123,6 +121,7 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 
 
+@pytest.mark.parametrize("target", COMPARED)
 @pytest.mark.parametrize(
     "case, dtype",
     # Every case in float32 and, in turn, in one of the other dtypes.
