@@ -180,8 +180,8 @@ def _check_sizes(d_model, nhead, dim_feedforward, head_dim, kv_heads) -> None:
             raise ValueError(f"{name} must be an int, 1 or more, got {size}")
     if head_dim is None and d_model % nhead:
         raise ValueError(f"d_model {d_model} must be a multiple of nhead {nhead}, unless head_dim is given")
-    if head_dim is not None and not 1 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be from 1 to 256, got {head_dim}")
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"head_dim must be 1 or more, got {head_dim}")
     if nhead % kv_heads:
         raise ValueError(f"nhead {nhead} must be a multiple of num_kv_heads {kv_heads}")
 

@@ -101,7 +101,7 @@ def _along(torchs, operator, input, dim, stacklevel, dtype) -> Tensor:
         dim = F._get_softmax_dim(torchs.__name__, input.dim(), stacklevel + 1)
     x = input if dtype is None else input.to(dtype)
     rank = max(x.dim(), 1)
-    if not (_dense(x) and -rank <= dim < rank):
+    if not (_dense(x) and isinstance(dim, int) and -rank <= dim < rank):
         return torchs(input, dim, dtype=dtype)
     return operator(x, dim) if x.dim() else operator(x[None], dim)[0]
 
