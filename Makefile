@@ -25,6 +25,8 @@ install: .venv/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
 
+# An order is carried out, whatever was built before.
+.PHONY: $(if $(PYLLM_CUDA),.venv/built)
 .venv/built: .venv/installed setup.py pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -3,12 +3,12 @@
 libpyllm_cpu.so and libpyllm_cuda.so are on PyTorch's stable ABI: one binary for every PyTorch from 2.11 and every
 Python. Each csrc/cpu/*_kernel.cpp is compiled once for each instruction set, *_pairs_kernel.cpp for those that multiply
 pairs of bf16; the right one is picked at run time. Without a C++ compiler the package installs without this part,
-without nvcc of CUDA 13 without the CUDA kernels. Whether PyTorch has CUDA, or the machine a GPU, makes no difference to
-the build.
+without nvcc of CUDA 13, or beside a PyTorch that has no CUDA, without the CUDA kernels. Whether the machine has a GPU
+makes no difference to the build.
 
-Environment: CXX, the C++ compiler. PYLLM_CUDA=1 demands the CUDA kernels, 0 leaves them out. PYLLM_CUDA_ARCHS: the
-architectures to compile them for instead of all, such as "90a" or "80,86". PYLLM_CUDA_HEAD_DIMS, for development:
-the head_dims to compile attention for instead of all, such as "64".
+Environment: CXX, the C++ compiler. PYLLM_CUDA=1 demands the CUDA kernels, whatever PyTorch has, 0 leaves them out.
+PYLLM_CUDA_ARCHS: the architectures to compile them for instead of all, such as "90a" or "80,86". PYLLM_CUDA_HEAD_DIMS,
+for development: the head_dims to compile attention for instead of all, such as "64".
 """
 
 import os
@@ -54,11 +54,20 @@ def compiler() -> str | None:
 
 
 def cuda_compiler() -> Path | None:
-    """nvcc: the path's, else CUDA_HOME's; None where there is none of CUDA 13, which PYLLM_CUDA=1 makes an error."""
+    """nvcc: the path's, else CUDA_HOME's; None where there is none of CUDA 13, which PYLLM_CUDA=1 makes an error.
+
+    None, too, beside a PyTorch without CUDA, unless PYLLM_CUDA=1.
+    """
+    import torch
+
     demand = os.environ.get("PYLLM_CUDA", "")
     if demand not in ("", "0", "1"):
         raise SystemExit(f"pyllm: PYLLM_CUDA must be 0 or 1, got {demand}")
     if demand == "0":
+        return None
+    if not demand and torch.version.cuda is None:
+        without = "installing without the CUDA kernels, which PYLLM_CUDA=1 builds"
+        print(f"pyllm: PyTorch {torch.__version__} has no CUDA; {without}", file=sys.stderr)
         return None
     at_home = os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=at_home)

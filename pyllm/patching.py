@@ -18,7 +18,6 @@ _REPLACEMENTS = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
 _ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
 _MARK = "_pyllm_patched"  # in the module's __dict__, so that copies of a patched model can be unpatched
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM = 256
 
 
 @dataclass
@@ -99,6 +98,4 @@ def _unfit(module: Module) -> str | None:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dtype not in _DTYPES:
             return f"{kind.__name__}.{name} is {parameter.dtype}"
-    if kind is torch.nn.MultiheadAttention and module.head_dim > _MAX_HEAD_DIM:
-        return f"{kind.__name__} has head_dim {module.head_dim}, above {_MAX_HEAD_DIM}"
     return None

@@ -4,12 +4,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import DEVICES, TARGETS
+from conftest import DEVICES, WITHOUT_TORCH
 
 import pyllm
 
 DEFAULT = [pytest.param((None, d), id=f"default-{d}", marks=[pytest.mark.gpu] * (d == "cuda")) for d in DEVICES]
-SERVING = [t for t in TARGETS if t.values[0][0] != "torch"]  # torch's kernel takes neither masks nor biases
 E, H, FF, B, L, S = 24, 4, 40, 3, 9, 7
 SIZES = (E, H, FF)
 
@@ -42,7 +41,7 @@ def everywhere(names, *on_every_backend):
     return [
         pytest.param(name, *target.values, id=f"{name}-{target.id}", marks=target.marks)
         for name in names
-        for target in (SERVING if name in on_every_backend else DEFAULT)
+        for target in (WITHOUT_TORCH if name in on_every_backend else DEFAULT)
     ]
 
 

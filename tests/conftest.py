@@ -22,6 +22,10 @@ TARGETS = [
     for name, why in pyllm.backends(device).items()
     if why is None
 ]
+# The reference compared with itself says nothing: test_reference.py compares it with torch.
+COMPARED = [t for t in TARGETS if t.values[0][0] != "reference"]
+WITHOUT_TORCH = [t for t in TARGETS if t.values[0][0] != "torch"]  # whose kernels serve few of an operator's calls
+KERNELS = [t for t in COMPARED if t.values[0][0] != "torch"]
 
 collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
 

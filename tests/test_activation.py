@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import COMPARED, TARGETS, WITHOUT_TORCH
 
 from pyllm import ops, reference
 from pyllm.backend import select, use_backend
@@ -12,7 +12,6 @@ from pyllm.testing import DTYPES, check, evaluate, randn
 
 SHAPES = [(3, 63), (2, 5, 130), (7, 1000), (1, 1, 1, 40), (0, 16), (2, 0, 8)]
 KINDS = ["relu", "gelu", "gelu_tanh", "silu", *GATED]
-KERNEL_TARGETS = [t for t in TARGETS if t.values[0][0] in ("native", "triton")]
 
 
 def operator(kind, p=0.0):
@@ -32,6 +31,7 @@ def inputs_of(kind, shape, dtype, device, bias=True, form="packed", bias_dtype=N
     return found | ({"bias": randn(width, dtype=bias_dtype or dtype, device=device)} if bias else {})
 
 
+@pytest.mark.parametrize("target", COMPARED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_activation(target, kind, dtype):
@@ -40,6 +40,7 @@ def test_activation(target, kind, dtype):
         check(operator(kind), inputs_of(kind, shape, dtype, device), backend)
 
 
+@pytest.mark.parametrize("target", COMPARED)
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["relu", "gelu", "silu", "swiglu", "geglu_tanh"])
@@ -57,6 +58,7 @@ def test_forms_and_dropout(target, kind, dtype, p):
             check(operator(kind, p), inputs, backend)
 
 
+@pytest.mark.parametrize("target", COMPARED)
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 def test_rows_are_read_where_they_are(target, kind):
     """Halves of a matrix, every other row, and a last dimension that is not contiguous."""
@@ -77,10 +79,9 @@ def test_rows_are_read_where_they_are(target, kind):
         check(operator(kind), inputs, backend)
 
 
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_packed_and_separate_agree_bitwise(target):
     backend, device = target
-    if backend == "torch":
-        backend = None  # which composes them differently
     packed = randn(7, 96, device=device)
     gate, up = (t.detach().requires_grad_() for t in packed.chunk(2, -1))
     (whole,), (gradient,) = evaluate(operator("swiglu", 0.2), {"gate": packed}, backend)
@@ -123,10 +124,9 @@ def test_far_from_zero(target, kind):
         assert gate.grad[0, :3].abs().max() < 1e-30 and gate.grad[0, 5:8].eq(1.0).all()
 
 
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_dropout_is_the_reference_mask(target):
     backend, device = target
-    if backend == "torch":
-        backend = None  # it refuses, see test_forms_and_dropout
     x = torch.ones(37, 1003, device=device)
     for p in (0.1, 0.5):
         torch.manual_seed(7)
@@ -151,6 +151,7 @@ def test_gradcheck(target, kind):
         assert torch.autograd.gradcheck(run, (x, bias))
 
 
+@pytest.mark.parametrize("target", COMPARED)
 def test_the_gradient_of_bias_is_repeatable_and_exact_over_many_rows(target):
     backend, device = target
     inputs = inputs_of("gelu", (1500, 40), torch.float32, device)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attention_case import BOTTOM, CAUSAL, DROPOUT, Case
-from conftest import TARGETS
+from conftest import COMPARED, KERNELS, WITHOUT_TORCH
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +18,6 @@ from pyllm.ops import attention
 from pyllm.ops._registration import draw_rng
 from pyllm.testing import DTYPES, check, evaluate, randn
 
-WITHOUT_TORCH = [t for t in TARGETS if t.values[0][0] != "torch"]
-KERNELS = [t for t in WITHOUT_TORCH if t.values[0][0] != "reference"]
 OTHERS = [d for d in DTYPES if d != torch.float32]
 
 
@@ -123,6 +121,7 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 
 
+@pytest.mark.parametrize("target", COMPARED)
 @pytest.mark.parametrize(
     "case, dtype",
     # Every case in float32 and, in turn, in one of the other dtypes.
@@ -311,7 +310,7 @@ BAD = [
     ({"key": _ones(2, 0, 6, 8), "value": _ones(2, 0, 6, 8)}, ValueError, "key's 0"),
     ({"value": _ones(2, 2, 7, 8)}, ValueError, "value must have shape"),
     ({"value": None}, TypeError, "value must be a Tensor"),
-    ({n: _ones(1, 2, 3, 257) for n in ("query", "key", "value")}, ValueError, "query must have a head_dim from 1 to"),
+    ({n: _ones(1, 2, 3, 0) for n in ("query", "key", "value")}, ValueError, "query must have a head_dim of 1 or more"),
     ({"attn_mask": [True]}, TypeError, "attn_mask must be a Tensor"),
     ({"attn_mask": _ones(5, 6, dtype=torch.int64)}, TypeError, "attn_mask must be bool, float32 or"),
     ({"attn_mask": _ones(5, 6, dtype=torch.float16)}, TypeError, "attn_mask must be bool, float32 or"),

@@ -4,16 +4,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import KERNELS, WITHOUT_TORCH
 from torch import Tensor
 
 import pyllm
 from pyllm import reference
 from pyllm.ops import RelativeBias, attention, attention_decode
 from pyllm.testing import check, randn
-
-SERVING = [t for t in TARGETS if t.values[0][0] != "torch"]
-KERNELS = [t for t in SERVING if t.values[0][0] != "reference"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,11 @@ CASES = [
     Case("few-tokens-full", new=3, options={"is_causal": False}),
     Case("cross", appended=False, new=2, lengths=(9, 64), options={"is_causal": False}),
     Case("empty", appended=False, lengths=(0, 3)),
+    Case("empty-among-shares", appended=False, lengths=(1500, 0, 3), capacity=1536, heads=2, kv_heads=1, dim=8),
     Case("window", lengths=(60, 20), new=2, options={"window": (9, -1)}),
+    Case(
+        "window-of-a-long-one", lengths=(1500, 0, 700), capacity=1536, heads=1, kv_heads=1, options={"window": (600, 0)}
+    ),
     Case("paged", page=16, lengths=(5, 0, 60)),
     Case("paged-large", page=48, capacity=96, new=3, lengths=(47, 95 - 3), dim=33),
     Case("rotary", rotary=16, new=2),
@@ -90,7 +91,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_within_budget(case: Case, dtype: torch.dtype, target):
@@ -98,7 +99,26 @@ def test_within_budget(case: Case, dtype: torch.dtype, target):
     check(case.call, case.inputs(dtype, device), backend)
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", KERNELS)
+@pytest.mark.parametrize("left, page", [(5, 0), (0, 16), (16, 16)])
+def test_a_window_may_begin_and_end_anywhere(left: int, page: int, target):
+    """Sequences of all lengths around multiples of a page and of a tile, which the window begins and ends at."""
+    backend, device = target
+    options = {"window": (left, -1)}
+    case = Case(
+        "",
+        lengths=(*range(22), *range(60, 70), *range(124, 146)),
+        heads=1,
+        kv_heads=1,
+        dim=4,
+        capacity=160,
+        page=page,
+        options=options,
+    )
+    check(case.call, case.inputs(torch.float32, device), backend)
+
+
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_steps_add_up_to_causal_attention(target):
     backend, device = target
     query, key, value = (randn(2, h, 12, 8, device=device, grad=False) for h in (4, 2, 2))

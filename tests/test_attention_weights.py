@@ -5,14 +5,13 @@ import dataclasses
 import pytest
 import torch
 from attention_case import BOTTOM, CAUSAL, Case
-from conftest import TARGETS
+from conftest import KERNELS, WITHOUT_TORCH
 from torch import Tensor
 
 import pyllm
 from pyllm.ops import RelativeBias, attention, attention_weights, merge_attention
 from pyllm.testing import check, evaluate, randn
 
-SERVING = [t for t in TARGETS if t.values[0][0] != "torch"]  # torch's kernel returns no log-sum-exp
 N = 24  # keys and head_dim, so that the identity matrix is a value
 CASES = [
     Case("plain", batch=3, heads=4, kv_heads=4, sq=7, sk=N, dim=N),
@@ -50,7 +49,7 @@ class Weights:
         return out, weights if self.rows is None else weights[:, :, list(self.rows)]
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 @pytest.mark.parametrize("rows, heads", [(None, None), ((5, 0, 5), None), ((6,), (1, 0)), (None, (1,)), ((), ())])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_weights_are_those_of_attention(case: Case, rows, heads, target):
@@ -62,7 +61,7 @@ def test_weights_are_those_of_attention(case: Case, rows, heads, target):
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_weights_within_budget(case: Case, dtype: torch.dtype, target):
@@ -70,7 +69,7 @@ def test_weights_within_budget(case: Case, dtype: torch.dtype, target):
     check(Weights(case, (6, 1)).on_demand, case.inputs(dtype, device), backend)
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_weights_of_a_row_with_nothing_to_attend_to(target):
     backend, device = target
     case = CASES[1]
@@ -117,7 +116,7 @@ MERGED = [
 ]
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 @pytest.mark.parametrize("case", MERGED, ids=lambda case: case.name)
 def test_merging_parts_of_the_keys_equals_the_whole(case: Case, target):
     backend, device = target
@@ -127,7 +126,7 @@ def test_merging_parts_of_the_keys_equals_the_whole(case: Case, target):
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", MERGED, ids=lambda case: case.name)
 def test_merging_within_budget(case: Case, dtype: torch.dtype, target):

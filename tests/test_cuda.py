@@ -2,10 +2,10 @@
 
 from functools import partial
 
+import conftest
 import pytest
 import test_attention
 import torch
-from conftest import TARGETS
 from test_attention_decode import Case
 from test_rows import NAMES, call_of, outputs_and_gradients
 
@@ -14,7 +14,7 @@ from pyllm import ops
 from pyllm.backend import refusal, use_backend
 from pyllm.testing import check
 
-KERNELS = [t for t in TARGETS if t.values[0][1] == "cuda" and t.values[0][0] in ("native", "triton")]
+KERNELS = [t for t in conftest.KERNELS if t.values[0][1] == "cuda"]
 
 pytestmark = pytest.mark.parametrize("target", KERNELS)
 
@@ -118,6 +118,8 @@ def test_what_attention_on_tensor_cores_cannot_serve(target, change):
         with use_backend("native"), pytest.raises(RuntimeError, match="cannot run attention: its CUDA C"):
             ops.attention(query, key, value)
         assert pyllm.explain(ops.attention, query, key, value)[0].backend == "triton"
+    else:
+        check(ops.attention, {"query": query, "key": key, "value": value}, target[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,14 +50,16 @@ def chosen(x, grad=True):
 
 
 def test_the_table_rules_by_size_and_pass(measured):
+    """The width counts first: at 39 x 100 there are rows for a smaller width with more elements."""
     measured(
-        ("softmax", "both", 0, 0, "reference"),
         ("softmax", "both", 0, 1000, "torch"),
-        ("softmax", "both", 100, 0, "torch"),
-        ("softmax", "both", 100, 4000, "reference"),
+        ("softmax", "both", 100, 4000, "torch"),
+        ("softmax", "both", 0, 0, "reference"),
+        ("softmax", "both", 100, 0, "reference"),
         ("softmax", "forward", 0, 0, "torch"),
     )
-    by_shape = {(2, 99): "reference", (20, 99): "torch", (1, 100): "torch", (39, 100): "torch", (40, 100): "reference"}
+    by_shape = {(2, 99): "reference", (1000,): "reference", (10, 99): "reference", (20, 50): "torch", (20, 99): "torch"}
+    by_shape |= {(1, 100): "reference", (39, 100): "reference", (40, 100): "torch"}
     for shape, name in by_shape.items():
         assert chosen(torch.randn(shape)).backend == name, shape
         assert chosen(torch.randn(shape), grad=False).backend == "torch", shape
@@ -103,17 +106,34 @@ def test_a_compiled_graph_follows_the_table(measured):
         assert torch.equal(compiled(x), function(x)) and graphs.frame_count == 3, "one for the other pass"
 
 
+ROW = dispatch.Row("GPU, of 2 parts", "softmax", "both", "bfloat16", 0, 64, "triton", 1.5, "torch", "x, y")
+
+
+def can_be_followed(row: dispatch.Row) -> bool:
+    names = OPERATORS[row.operator].implementations if row.operator in OPERATORS else ()
+    known = row.backend in names and row.rival in names and row.rival != row.backend
+    sized = min(row.width, row.elements) >= 0 and row.ratio > 1 and bool(row.device and row.source)
+    dtype = getattr(torch, row.dtype, None)
+    return known and sized and row.direction in ("forward", "both") and isinstance(dtype, torch.dtype)
+
+
 def test_the_committed_table_is_one_that_select_can_follow():
-    for row in dispatch.read(dispatch.PATH):
-        assert row.backend in OPERATORS[row.operator].implementations and row.rival != row.backend
-        assert row.direction in ("forward", "both") and isinstance(getattr(torch, row.dtype), torch.dtype)
-        assert min(row.width, row.elements) >= 0 and row.ratio > 0 and row.device and row.source
+    assert all(map(can_be_followed, (ROW, *dispatch.read(dispatch.PATH))))
+    wrong = {
+        "operator": "sofmax",
+        "direction": "back",
+        "dtype": "bf16",
+        "width": -1,
+        "backend": "cudnn",
+        "rival": "triton",
+    }
+    for name, value in (wrong | {"ratio": 0.9, "source": ""}).items():
+        assert not can_be_followed(replace(ROW, **{name: value})), name
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
-    rows = [dispatch.Row("GPU, of 2 parts", "softmax", "both", "bfloat16", 0, 64, "triton", 1.5, "torch", "x, y")]
-    dispatch.write(tmp_path / "table.csv", rows)
-    assert dispatch.read(tmp_path / "table.csv") == rows
+    dispatch.write(tmp_path / "table.csv", [ROW])
+    assert dispatch.read(tmp_path / "table.csv") == [ROW]
     with open(dispatch.PATH) as committed, open(tmp_path / "table.csv") as written:
         assert next(csv.reader(committed)) == next(csv.reader(written))
 
@@ -206,3 +226,27 @@ def test_the_gpu_tests_are_collected_where_there_is_a_gpu():
 def test_import_leaves_the_cuda_library_alone():
     code = "import pyllm\nassert 'pyllm_cuda' not in open('/proc/self/maps').read()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_settings_of_the_backend_are_nested():
+    """Each context gives back what was there before it, an exception or not; a call stays."""
+    names = [None, "reference", "torch", "reference", None]
+    seen = []
+
+    def inside(rest):
+        if rest:
+            with pyllm.use_backend(rest[0]):
+                seen.append(backend.asked())
+                inside(rest[1:])
+                seen.append(backend.asked())
+
+    before = backend.asked()
+    inside(names)
+    assert seen == [*names, *reversed(names)] and backend.asked() == before
+    with pytest.raises(KeyError), pyllm.use_backend("torch"), pyllm.use_backend("reference"):
+        raise KeyError
+    assert backend.asked() == before
+    with pyllm.use_backend("torch"):
+        with pytest.raises(ValueError, match="unknown backend"):
+            pyllm.use_backend("cudnn")
+        assert backend.asked() == "torch"

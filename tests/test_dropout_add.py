@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import COMPARED, TARGETS, WITHOUT_TORCH
 
 from pyllm import ops
 from pyllm.backend import use_backend
@@ -12,6 +12,7 @@ from pyllm.testing import DTYPES, check, randn
 PAIRS = [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
 
 
+@pytest.mark.parametrize("target", COMPARED)
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 def test_dropout_add(target, dtypes, p):
@@ -35,6 +36,7 @@ def test_dropout_add(target, dtypes, p):
         check(function, {**inputs, "bias": inputs["bias"].detach().requires_grad_()}, backend)
 
 
+@pytest.mark.parametrize("target", COMPARED)
 def test_strided_inputs(target):
     backend, device = target
     x = randn(6, 80, 9, device=device, grad=False).transpose(1, 2)[::2, :, ::2].requires_grad_()
@@ -42,10 +44,9 @@ def test_strided_inputs(target):
     check(ops.dropout_add, {"x": x, "residual": residual}, backend)
 
 
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_dropout_is_the_reference_mask(target):
     backend, device = target
-    if backend == "torch":
-        backend = None  # it refuses, see test_dropout_add
     x, residual = torch.ones(37, 1003, device=device), torch.zeros(37, 1003, device=device)
     torch.manual_seed(7)
     rng = torch.randint(-(2**63), 2**63 - 1, (2,), device=device)

@@ -1,5 +1,7 @@
 """pyllm.graphed: with CUDA graphs where there is a GPU, on taped operators where there is none."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import taped_graphs
 import torch
@@ -140,30 +142,79 @@ def test_a_steps_results_carry_no_gradient(device):
         assert not double(x).requires_grad
 
 
-def test_what_is_captured_anew(device):
-    module = layer(device)
-    fast = pyllm.graphed(module, captures=4)
-    x = normal(2, 5, E, device=device)
+class AddedUp(torch.nn.Module):
+    """Takes what tells calls apart, and has a module inside."""
 
-    def captured() -> int:
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Dropout(0.0)
+
+    def forward(self, *parts: Tensor, power: int = 1, rest: tuple = ()) -> Tensor:
+        return self.inner(sum(part.sum() for part in parts).float() + 0 * power)
+
+
+@contextmanager
+def restored(enter, leave):
+    enter()
+    try:
+        yield
+    finally:
+        leave()
+
+
+DIFFERENCES = {
+    "a shape": {"shape": (3, 2)},
+    "a dtype": {"dtype": torch.float64},
+    "requires_grad": {"requires_grad": False},
+    "one more": {"count": 2},
+    "another argument": {"options": {"power": 2}},
+    "its type": {"options": {"power": 1.0}},
+    "a nest": {"options": {"rest": ((),)}},
+    "no_grad": {"around": lambda module: torch.no_grad()},
+    "a backend": {"around": lambda module: pyllm.use_backend("reference")},
+    "deterministic": {
+        "around": lambda module: restored(
+            lambda: torch.use_deterministic_algorithms(False), lambda: torch.use_deterministic_algorithms(True)
+        )
+    },
+    "autocast": {
+        "around": lambda module: restored(
+            lambda: torch.set_autocast_enabled("cuda", True), lambda: torch.set_autocast_enabled("cuda", False)
+        )
+    },
+    "eval of a module inside": {"around": lambda module: restored(module.inner.eval, module.inner.train)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("change", DIFFERENCES)
+def test_what_is_captured_anew(device, change):
+    module = AddedUp()
+    fast = pyllm.graphed(module)
+
+    def call(shape=(2, 3), dtype=torch.float32, requires_grad=True, count=1, options=None, around=None):
+        parts = [torch.ones(shape, dtype=dtype, device=device, requires_grad=requires_grad) for _ in range(count)]
+        with around(module) if around else nullcontext():
+            fast(*parts, **{"power": 1, "rest": ()} | (options or {}))
         return len(fast._kept)
 
-    assert torch.equal(fast(x), fast(x)) and captured() == 1
-    fast(normal(2, 6, E, device=device))
-    assert captured() == 2
-    with torch.no_grad():
-        assert not fast(x).requires_grad
-    assert captured() == 3
-    module.eval()
-    fast(x)
-    assert captured() == 4
-    with pyllm.use_backend("reference"):
-        fast(x)
-    assert captured() == 4, "the oldest was to go"
-    module.train()
-    newest = list(fast._kept)[-1]
-    fast(x.detach().requires_grad_())
-    assert captured() == 4 and list(fast._kept)[-1] != newest
+    assert (call(), call()) == (1, 1), "the same once more"
+    assert call(**DIFFERENCES[change]) == 2
+    assert (call(), call(**DIFFERENCES[change])) == (2, 2), "both are kept"
+
+
+def test_the_graph_not_called_for_longest_goes_first(device):
+    fast = pyllm.graphed(AddedUp(), captures=2)
+
+    def call(width: int) -> object:
+        fast(normal(width, device=device))
+        return next(reversed(fast._kept.values()))
+
+    first, second = call(1), call(2)
+    assert call(1) is first
+    third = call(3)
+    assert set(fast._kept.values()) == {first, third}, "the second was to go"
+    assert call(1) is first and call(2) is not second and set(fast._kept.values()) >= {first}
 
 
 def test_weights_may_change_in_place_but_not_be_replaced(device):

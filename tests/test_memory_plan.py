@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import KERNELS
 from torch.utils.checkpoint import checkpoint
 from torch_parity import E, H, compare, pair, results
 
@@ -12,7 +12,6 @@ from pyllm.nn import DecoderLayer, EncoderLayer, TransformerDecoderLayer, Transf
 from pyllm.nn.memory import PLANS
 
 B, L, S = 3, 5, 7
-KERNELS = [t for t in TARGETS if t.values[0][0] in ("native", "triton")]
 LAYERS = {
     "encoder": lambda **o: TransformerEncoderLayer(E, H, 40, 0.3, activation="gelu", batch_first=True, **o),
     "encoder, pre-norm": lambda **o: TransformerEncoderLayer(E, H, 40, 0.3, batch_first=True, norm_first=True, **o),

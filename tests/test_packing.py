@@ -14,6 +14,8 @@ CAUSAL = torch.ones(S, S, dtype=torch.bool).triu(1)
 PADDING = torch.ones(B, S, dtype=torch.bool)
 PADDING[0, :3] = False
 PADDING[1, :] = False
+ONE_IN_TEN = torch.zeros(B, S, dtype=torch.bool)
+ONE_IN_TEN[0, 6:] = True  # 3 of 36
 PADDING[3, 4:8] = False  # before and after; sample 2 is nothing but padding
 
 
@@ -81,11 +83,11 @@ def stacks(batch_first=True, norm_first=False, dropout=0.0, **options):
 
 @pytest.fixture
 def packed_calls(monkeypatch):
-    """What attention was called with on packed tokens."""
+    """The options of attention on packed tokens."""
     calls = []
 
     def noting(*args, **options):
-        calls.append(args)
+        calls.append(options)
         return attention_varlen(*args, **options)
 
     monkeypatch.setattr(pyllm.ops, "attention_varlen", noting)
@@ -132,6 +134,49 @@ def test_packed_is_padded(dropout, packed_calls):
     assert len(packed_calls) == 2
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_packed_tokens(training, packed_calls):
+    """Each token is dropped by itself with the layers' probability, in training alone."""
+    stack, _ = stacks(dropout=0.5)
+    stack.train(training)
+    x = torch.randn(B, S, E)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(stack(x, src_key_padding_mask=PADDING)[~PADDING])
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2]) != training
+    assert {options["dropout_p"] for options in packed_calls} == {0.5 if training else 0.0}
+
+
+def test_a_batch_of_padding_alone(packed_calls):
+    """There is no token to compute: it stays padded, and is finite, where torch gives NaN."""
+    stack, _ = stacks()
+    x = torch.randn(B, S, E, requires_grad=True)
+    out = stack(x, src_key_padding_mask=torch.ones_like(PADDING))
+    with stack.padded():
+        assert torch.equal(out, stack(x, src_key_padding_mask=torch.ones_like(PADDING)))
+    assert out.isfinite().all() and torch.autograd.grad(out.sum(), x)[0].isfinite().all()
+    assert not packed_calls
+
+
+def extended(**options):
+    """A stack whose attention has keys of its own."""
+    layer = TransformerEncoderLayer(E, H, 40, 0.0, batch_first=True)
+    layer.self_attn = pyllm.nn.MultiheadAttention(E, H, batch_first=True, **options)
+    return TransformerEncoder(layer, 2)
+
+
+@pytest.mark.parametrize("options", [{"add_zero_attn": True}, {"add_bias_kv": True}], ids=str)
+def test_attention_with_more_keys_than_tokens(options, packed_calls):
+    stack = extended(**options)
+    layer = torch.nn.TransformerEncoderLayer(E, H, 40, 0.0, batch_first=True)
+    layer.self_attn = torch.nn.MultiheadAttention(E, H, batch_first=True, **options)
+    theirs = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    theirs.load_state_dict(stack.state_dict())
+    compare(OnTokens(stack, PADDING), OnTokens(theirs, PADDING), torch.randn(B, S, E))
+    assert not packed_calls
+
+
 def hooked(stack):
     stack.layers[0].self_attn.register_forward_hook(lambda *_: None)
     return stack
@@ -150,6 +195,7 @@ class Sub(TransformerEncoderLayer):
         pytest.param(lambda: stacks()[0], {"src_key_padding_mask": torch.zeros_like(PADDING)}, id="no padding"),
         pytest.param(lambda: hooked(stacks()[0]), {}, id="a hook"),
         pytest.param(lambda: TransformerEncoder(Sub(E, H, 40, batch_first=True), 2), {}, id="a subclass"),
+        pytest.param(lambda: stacks()[0], {"src_key_padding_mask": ONE_IN_TEN}, id="little padding"),
     ],
 )
 def test_what_is_not_packed(stack, options, packed_calls):
@@ -169,13 +215,21 @@ def test_a_decoder_that_looks_at_padding_gets_what_torchs_gets(packed_calls):
     assert packed_calls
 
 
-@pytest.mark.parametrize("position", ["none", "rotary", "alibi", "t5"])
-def test_a_block_on_tokens(position):
-    layer = EncoderLayer(E, H, 40, position=position, dropout=0.0, norm_first=True, activation="swiglu", causal=True)
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.5])
+@pytest.mark.parametrize("position", ["none", "rotary", "rotary with gaps", "alibi", "t5"])
+def test_a_block_on_tokens(position, attention_dropout):
+    """Dropout is the same to the bit where padding is behind the tokens."""
+    name, _, gaps = position.partition(" ")
+    options = {"position": name, "dropout": 0.0, "attention_dropout": attention_dropout if not gaps else 0.0}
+    layer = EncoderLayer(E, H, 40, norm_first=True, activation="swiglu", causal=True, **options)
     x = torch.randn(B, S, E, requires_grad=True)
     padding = torch.arange(S) >= torch.tensor([3, 9, 1, 6])[:, None]
+    if gaps:
+        padding[1, 2:5] = padding[3, 0] = True
     tokens, packing = unpad(x, padding)
+    torch.manual_seed(3)
     expected = layer(x, src_key_padding_mask=padding)[~padding]
+    torch.manual_seed(3)
     found = layer(tokens, packing=packing)
     assert_within_budget("tokens", found, expected.double(), expected)
     gradients = [torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]) for out in (found, expected)]

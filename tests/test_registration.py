@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import KERNELS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -16,7 +16,6 @@ from pyllm.backend import use_backend
 from pyllm.testing import randn
 
 ROOT = Path(__file__).parent.parent
-KERNEL_TARGETS = [target for target in TARGETS if target.values[0][0] in ("native", "triton")]
 NAMESPACES = [
     name for name, backend in (("pyllm", "native"), ("pyllm_triton", "triton")) if pyllm.backends()[backend] is None
 ]
@@ -107,7 +106,7 @@ def kernel_calls(device: str, dtype: torch.dtype = torch.float32):
     yield "linear_cross_entropy_shard_bwd", (by_token[0], by_token, *linear, *options)
 
 
-@pytest.mark.parametrize("target", KERNEL_TARGETS)
+@pytest.mark.parametrize("target", KERNELS)
 def test_opcheck(target):
     backend, device = target
     namespace = "pyllm" if backend == "native" else "pyllm_triton"
@@ -153,7 +152,7 @@ def inputs(rows: int, device: str):
     return tuple(randn(*s, device=device) for s in shapes)
 
 
-@pytest.mark.parametrize("target", KERNEL_TARGETS)
+@pytest.mark.parametrize("target", KERNELS)
 def test_compiles_whole_with_dynamic_shapes(target):
     backend, device = target
     with use_backend(backend):
@@ -194,7 +193,7 @@ def test_exports(name):
         assert torch.equal(exported, eager)
 
 
-@pytest.mark.parametrize("target", KERNEL_TARGETS)
+@pytest.mark.parametrize("target", KERNELS)
 def test_profiler_shows_names(target):
     backend, device = target
     x = randn(4, 16, device=device)

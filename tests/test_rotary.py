@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import COMPARED, KERNELS
 
 from pyllm import ops
 from pyllm.backend import use_backend
@@ -15,6 +15,7 @@ def tables_of(*shape, device="cpu"):
     return angles.cos(), angles.sin()
 
 
+@pytest.mark.parametrize("target", COMPARED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
 def test_rotary(target, interleaved, dtype):
@@ -33,6 +34,7 @@ def test_rotary(target, interleaved, dtype):
         check(lambda x, c=cos, s=sin: ops.rotary_(x * 1, c, s, interleaved=interleaved), {"x": x}, backend)
 
 
+@pytest.mark.parametrize("target", COMPARED)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
 def test_inverse_and_strides(target, interleaved):
     backend, device = target
@@ -98,7 +100,7 @@ def test_gradcheck(target, interleaved):
         assert torch.autograd.gradcheck(lambda x: ops.rotary_(x * 1, cos, sin, interleaved=interleaved), x)
 
 
-@pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][0] in ("native", "triton")])
+@pytest.mark.parametrize("target", KERNELS)
 def test_in_place_compiles(target):
     backend, device = target
     cos, sin = tables_of(5, 8, device=device)

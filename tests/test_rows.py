@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import KERNELS
 
 from pyllm import ops
 from pyllm.backend import use_backend
@@ -10,7 +10,7 @@ from pyllm.testing import check, randn
 
 NAMES = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "softmax", "log_softmax", "gelu", "dropout_add"]
 
-pytestmark = pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][0] in ("native", "triton")])
+pytestmark = pytest.mark.parametrize("target", KERNELS)
 
 
 def call_of(name, rows, width, device, dtype=torch.bfloat16):

@@ -173,7 +173,8 @@ def _product(
     x: Tensor, source: Source | None, weight: Tensor, bias: Tensor | None, parts: int, heads: int
 ) -> tuple[Tensor, ...]:
     """x weight^T + bias (..., parts * E) as `parts` views (..., H, D)."""
-    return linear(x, weight, bias, source).unflatten(-1, (parts, heads, -1)).unbind(-3)
+    head_dim = weight.shape[0] // (parts * heads)  # not inferred: other sizes may be 0
+    return linear(x, weight, bias, source).unflatten(-1, (parts, heads, head_dim)).unbind(-3)
 
 
 def _sdpa_masks(attn_mask, key_padding_mask, batch: int, heads: int) -> tuple[Tensor | None, Tensor | None]:

@@ -51,7 +51,7 @@ class DecoderLayer(EncoderLayer):
         rotary: tuple[Tensor, Tensor] | None = None,
         relative_bias: RelativeBias | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
+        layer: int | None = None,
     ) -> Tensor:
         """tgt (B, T, d_model), memory (B, S, d_model) unless cross=False; tgt's shape comes back.
 
@@ -66,10 +66,10 @@ class DecoderLayer(EncoderLayer):
         if self.cross_attn is None:
             if any(given is not None for given in (memory, memory_mask, memory_key_padding_mask)):
                 raise ValueError("memory and its masks must not be given to a layer with cross=False")
-            return self._run(tgt, attending, feeding)
+            return self._run(tgt, cache, attending, feeding)
         args = (memory, memory_mask, memory_key_padding_mask, cache, layer)
         crossing = Sublayer(of_module(self.cross_attn, CrossAttention), args, self.dropout, self.cross_attn_norm)
-        return self._run(tgt, attending, crossing, feeding)
+        return self._run(tgt, cache, attending, crossing, feeding)
 
 
 @drop_in

@@ -134,7 +134,7 @@ class EncoderLayer(Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         relative_bias: RelativeBias | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
+        layer: int | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
         """src (B, S, d_model), or (T, d_model) with packing; the same shape comes back.
@@ -143,13 +143,14 @@ class EncoderLayer(Module):
         With position="rotary", positions (S,) or (B, S) of integers, by default 0 to S - 1; or rotary, what
         `self_attn.position.tables` makes of them, to share among layers. relative_bias takes the place of the layer's
         own, if it has one: T5 shares that of the first layer, `self_attn.position()`.
-        cache and layer: src are new tokens, which follow those in the cache and are appended to it; this is the layer's
-        index there. Only in causal layers, without a gradient, masks and positions.
+        cache and layer: src are new tokens, which follow those in the cache and are appended to it; layer is this one's
+        index there, and must be given. Only in causal layers, without a gradient, masks and positions.
         packing: src are the tokens that `unpad` returned with it; without masks and a cache. positions are by default
         those that the tokens had in the padded batch, with rotary (1, T); biases go by the distance among tokens.
         """
         return self._run(
             src,
+            cache,
             self._attending(attn_mask, src_key_padding_mask, positions, rotary, relative_bias, cache, layer, packing),
             self._feeding(),
         )
@@ -160,7 +161,10 @@ class EncoderLayer(Module):
     def _feeding(self) -> Sublayer:
         return Sublayer(of_module(self.ffn, FeedForward, self.save), (), self.dropout, self.ffn_norm)
 
-    def _run(self, x: Tensor, *sublayers: Sublayer) -> Tensor:
+    def _run(self, x: Tensor, cache: KVCache | None, *sublayers: Sublayer) -> Tensor:
+        if cache is not None and not torch.compiler.is_compiling():
+            with cache.unless_failed():
+                return self._run(x, None, *sublayers)
         if self.parallel_residual:
             return run_parallel(x, sublayers, self.save)
         return run_sublayers(x, None, sublayers, self.norm_first, self.save)[0]
@@ -176,8 +180,8 @@ def _check_sizes(d_model, nhead, dim_feedforward, head_dim, kv_heads) -> None:
             raise ValueError(f"{name} must be an int, 1 or more, got {size}")
     if head_dim is None and d_model % nhead:
         raise ValueError(f"d_model {d_model} must be a multiple of nhead {nhead}, unless head_dim is given")
-    if head_dim is not None and not 1 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be from 1 to 256, got {head_dim}")
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"head_dim must be 1 or more, got {head_dim}")
     if nhead % kv_heads:
         raise ValueError(f"nhead {nhead} must be a multiple of num_kv_heads {kv_heads}")
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Linear, Module
 
 from pyllm.backend import select
-from pyllm.nn.memory import Source, by_hand, flat, in_one_precision, kept, restored
+from pyllm.nn.memory import Source, by_hand, flat, in_one_precision, kept, matrix, restored
 from pyllm.nn.plain import LINEAR, is_plain
 from pyllm.nn.tracing import leaf
 from pyllm.ops._registration import draw_rng
@@ -80,7 +80,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, rng, dropout_p, kind, save, *source):
         options = (rng, dropout_p, kind)
-        hidden = x.reshape(-1, x.shape[-1]) @ weight1.mT
+        hidden = matrix(x) @ weight1.mT
         with torch.enable_grad():  # the choice of a call that has a backward
             ctx.value = select(ACTIVATION, hidden, None, bias1, *options, part="value")
             ctx.gradient = select(ACTIVATION, hidden, None, bias1, *options, part="gradient", record=False)
@@ -95,7 +95,7 @@ class _FeedForward(torch.autograd.Function):
             active if save == "all" else None,
             *kept(ctx, x, source),
         )
-        return (active @ weight2.mT).view(*x.shape[:-1], -1)
+        return (active @ weight2.mT).view(*x.shape[:-1], weight2.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -105,7 +105,7 @@ class _FeedForward(torch.autograd.Function):
         x = restored(ctx, saved) if hidden is None or wants_weight1 else None
         if hidden is None:
             hidden = x @ weight1.mT
-        rows = dout.reshape(-1, dout.shape[-1])
+        rows = matrix(dout)
         dweight2 = None
         if wants_weight2:
             if active is None:
@@ -115,7 +115,7 @@ class _FeedForward(torch.autograd.Function):
         dhidden, _, dbias1 = ctx.gradient(rows @ weight2, hidden, None, bias1, rng, *ctx.options)
         hidden = None
         dweight1 = dhidden.mT @ x if wants_weight1 else None
-        dx = (dhidden @ weight1).view(*dout.shape[:-1], -1) if wants_x else None
+        dx = (dhidden @ weight1).view(*dout.shape[:-1], weight1.shape[1]) if wants_x else None
         return dx, dweight1, dbias1 if wants_bias1 else None, dweight2, *(None for _ in rest)
 
 

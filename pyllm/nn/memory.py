@@ -9,6 +9,7 @@ queries, keys, values and attention's output (5), the sums that are normed (2), 
 activation (5). torch.nn's layer keeps 19 and, with dropout, matrices of attention weights and of masks.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -52,6 +53,11 @@ def flat(source: Source | None) -> tuple:
     return () if source is None else (source.compute, *source.tensors)
 
 
+def matrix(x: Tensor) -> Tensor:
+    """x (..., N) as (T, N), also where a size is 0, beside which none can be inferred."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def kept(ctx, x: Tensor, source: tuple) -> tuple[Tensor | None, ...]:
     """What a Function is to save for `restored`: x, or the tensors of its source, if there is one."""
     ctx.compute, *tensors = source or (None, x)
@@ -61,7 +67,7 @@ def kept(ctx, x: Tensor, source: tuple) -> tuple[Tensor | None, ...]:
 def restored(ctx, tensors: tuple[Tensor | None, ...]) -> Tensor:
     """The matrix (T, width) of x, from what `kept` had saved."""
     x = tensors[0] if ctx.compute is None else ctx.compute(*tensors)
-    return x.reshape(-1, x.shape[-1])
+    return matrix(x)
 
 
 def in_one_precision(
@@ -119,8 +125,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dout):
         weight, *saved = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *rest = ctx.needs_input_grad
-        rows = dout.reshape(-1, dout.shape[-1])
-        dx = (rows @ weight).view(*dout.shape[:-1], -1) if wants_x else None
+        rows = matrix(dout)
+        dx = (rows @ weight).view(*dout.shape[:-1], weight.shape[1]) if wants_x else None
         dweight = rows.mT @ restored(ctx, saved) if wants_weight else None
         dbias = rows.sum(0) if wants_bias else None
         return dx, dweight, dbias, *(None for _ in rest)

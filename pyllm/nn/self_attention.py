@@ -126,7 +126,7 @@ class SelfAttention(_Attention):
         rotary: tuple[Tensor, Tensor] | None = None,
         relative_bias: RelativeBias | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
+        layer: int | None = None,
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of x (B, S, d_model), and a bias that is yet to be added. source: how x is made again, or None.
@@ -149,7 +149,7 @@ class SelfAttention(_Attention):
             if any(given is not None for given in (attn_mask, key_padding_mask, positions, rotary)):
                 raise ValueError("with a cache, masks, positions and rotary must not be given: the cache has its own")
             self._check_caching()
-            cache.reserve(query.shape[2])
+            cache.begin(layer, key)
             if torch.compiler.is_compiling() or not cache.empty:
                 return self._merge(self._append(query, key, value, cache, layer, options))
         if isinstance(self.position, Rotary):
@@ -182,7 +182,8 @@ class SelfAttention(_Attention):
         interleaved = False
         if isinstance(self.position, Rotary):
             interleaved = self.position.interleaved
-            every = ("rotary", self.position.dim, self.position.base)
+            shared = type(self.position) is Rotary  # another class may have tables of its own
+            every = ("rotary", self.position.dim, self.position.base) if shared else self.position
             rotary = cache.kept(every, lambda: self._tables(torch.arange(cache.slots, device=query.device), query))
         if self.alibi:
             slopes = cache.kept(("alibi", self.heads), lambda: alibi_slopes(self.heads, query.device))
@@ -236,13 +237,14 @@ class CrossAttention(_Attention):
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
+        layer: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of x (B, S, d_model) over memory (B, Sk, d_model), which may be None once the cache has it."""
         (query,) = self._project(self.query, x, source, self.heads)
         kept = None
         if cache is not None:
             self._check_generating()
+            cache.check_layer(layer)
             kept = cache.memory[layer]
         if kept is None:
             if memory is None:

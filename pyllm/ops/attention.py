@@ -6,6 +6,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """dropout(softmax(score + masks)) value, tile by tile with online softmax (Dao et al., 2022).
 
-    query (B, H, Sq, D), key and value (B, Hkv, Sk, D), H a multiple of Hkv, D from 1 to 256, one dtype out of float32,
-    float64, bfloat16 and float16; any strides with a contiguous last dimension are read in place.
+    query (B, H, Sq, D), key and value (B, Hkv, Sk, D), H a multiple of Hkv, D from 1 on, one dtype out of float32,
+    float64, bfloat16 and float16; any strides with a contiguous last dimension are read in place. A D above 256
+    is left to PyTorch's kernels.
     The score of query i and key j is softcap * tanh(scale q.k / softcap), or scale q.k at softcap 0, + attn_mask +
     relative_bias of j - i - alibi_slopes * |j - i|. scale defaults to 1 / sqrt(D).
     attn_mask broadcasts to (B, H, Sq, Sk): boolean, True = take part (as in `scaled_dot_product_attention`), or query's
@@ -157,8 +159,8 @@ def check_operands(
     _checks.shape(op, names[1], value, expected, f"{of_key}, as {names[0]},")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{op}: query's {heads} heads must be a multiple of {names[0]}'s {kv_heads}")
-    if not 1 <= dim <= 256:
-        raise ValueError(f"{op}: query must have a head_dim from 1 to 256, got {dim}")
+    if dim == 0:
+        raise ValueError(f"{op}: query must have a head_dim of 1 or more, got 0")
 
 
 def _check_sequences(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> int:
@@ -403,10 +405,16 @@ def _unfit_for_sdpa(*args) -> str | None:
     return None
 
 
+def too_wide(query: Tensor, *_) -> str | None:
+    """Implementation.unfit of this package's kernels."""
+    dim = query.shape[-1]
+    return f"its kernels take a head_dim of up to 256, and this one is {dim}" if dim > 256 else None
+
+
 def _unfit_for_native(*args) -> str | None:
     call = AttentionCall(*args[:-1])
-    if call.query.is_cpu:
-        return None
+    if call.query.is_cpu or too_wide(call.query):
+        return too_wide(call.query)
     if call.query.shape[-1] % 8:
         return f"its CUDA C++ kernels take a head_dim that is a multiple of 8, and this one is {call.query.shape[-1]}"
     step, traced = 16 // call.query.element_size(), torch.compiler.is_compiling()
@@ -437,10 +445,12 @@ def _reference(*args):
     return reference.attention(*args[:-1])
 
 
+_kernels = on_kernels(_on, attention_fwd, attention_bwd, tiles=_tiles, unfit_for_native=_unfit_for_native)
 ATTENTION = Operator(
     "attention",
-    on_kernels(_on, attention_fwd, attention_bwd, tiles=_tiles, unfit_for_native=_unfit_for_native)
+    _kernels
     | {
+        "triton": replace(_kernels["triton"], unfit=too_wide),
         "torch": Implementation(_sdpa, _unfit_for_sdpa, kernel="scaled_dot_product_attention"),
         "reference": Implementation(_reference, fused=False),
     },
