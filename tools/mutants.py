@@ -2,8 +2,9 @@
 
     python tools/mutants.py [-j N] [-k WORD ...] [--seconds S] [--trust] [--check]
 
-The faults are in mutants_list.py. Copies lie in build/mutants/ and are kept, so that a fault in the CPU kernels compiles
-what it touches alone. A fault is found where its tests, which pass without it, fail or take longer than S seconds.
+The faults are in mutants_list.py. Copies lie in build/mutants/ and are kept, so that a fault in the CPU kernels
+compiles what it touches alone. A fault is found where its tests, which pass without it, fail or take longer than S
+seconds.
 Exits with 1 if one survives that the list does not explain, or is not what the list says.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from mutants_list import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
-PASSED, FAILED, COLLECTED_NOTHING = 0, 1, 5
+PASSED, COLLECTED_NOTHING = 0, 5
 NICE = ("nice", "-n", "19")
 
 
@@ -68,12 +69,8 @@ class Copy:
 
     def build(self) -> bool:
         command = [*NICE, sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        return (
-            subprocess.run(
-                command, cwd=self.folder, env={**os.environ, "PYLLM_CUDA": "0"}, capture_output=True
-            ).returncode
-            == 0
-        )
+        environment = {**os.environ, "PYLLM_CUDA": "0"}
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True).returncode == 0
 
     def plant(self, fault: Fault) -> str | None:
         """Why that cannot be done, or None."""
@@ -116,9 +113,7 @@ def verdict(fault: Fault, copy: Copy, seconds: float, trust: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-j", type=int, default=1, metavar="N", help="how many at once, each in a copy of its own")
-    parser.add_argument(
-        "-k", nargs="*", default=[], metavar="WORD", help="those whose area, file or texts have one of these"
-    )
+    parser.add_argument("-k", nargs="*", default=[], metavar="WORD", help="those that have one of these in them")
     parser.add_argument("--seconds", type=float, default=300, help="after which tests count as failed")
     parser.add_argument("--trust", action="store_true", help="do not run the tests without the fault first")
     parser.add_argument("--check", action="store_true", help="only see that every fault can still be planted")
