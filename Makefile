@@ -9,7 +9,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csr
 
 help:
 	@echo "make demo          train a small GPT with pyllm's layers beside torch.nn's"
-	@echo "make test          run the tests"
+	@echo "make test          run the tests; PYTEST_ARGS=\"-m ''\" also those marked slow"
 	@echo "make mutants       plant faults one by one and count those that tests find; hours"
 	@echo "make bench         benchmark every operator against PyTorch, JSON in results/"
 	@echo "make install       set up .venv and build the extension"
@@ -36,7 +36,7 @@ demo: install
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 
 mutants: install
 	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS)
