@@ -1,15 +1,16 @@
 # Every target sets up what it needs: .venv with the versions of requirements.lock, and the extension, built by ninja.
-# Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, OUT, PART, GPU_ARGS.
+# Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, MUTANTS_ARGS, OUT, PART, GPU_ARGS.
 PYTHON ?= python3
 BIN := .venv/bin
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) csrc/cuda/instances.py
 
-.PHONY: help install demo test bench lint format check-triton check-cuda gpu wheel lock clean
+.PHONY: help install demo test mutants bench lint format check-triton check-cuda gpu wheel lock clean
 
 help:
 	@echo "make demo          train a small GPT with pyllm's layers beside torch.nn's"
-	@echo "make test          run the tests"
+	@echo "make test          run the tests; PYTEST_ARGS=\"-m ''\" also those marked slow"
+	@echo "make mutants       plant faults one by one and count those that tests find; hours"
 	@echo "make bench         benchmark every operator against PyTorch, JSON in results/"
 	@echo "make install       set up .venv and build the extension"
 	@echo "make lint          ruff, clang-format"
@@ -35,7 +36,10 @@ demo: install
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+
+mutants: install
+	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS)
 
 bench: install
 	@mkdir -p results

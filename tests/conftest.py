@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 # All of this has to be in the environment before torch, triton or pyllm are imported.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -60,10 +61,23 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """gpu; slow, where kernels are interpreted or run on a model, in dtypes whose code others share."""
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("device") == "cuda" or "cuda" in parameters.get("target", ()):
             item.add_marker("gpu")
+        modelled = parameters.get("target") == ("triton", "cpu") or item.path.stem.startswith("test_cuda_")
+        if modelled and not {torch.float16, torch.float64}.isdisjoint(_dtypes(parameters.values())):
+            item.add_marker("slow")
+
+
+def _dtypes(values) -> Iterator[torch.dtype]:
+    """The dtypes among a test's parameters."""
+    for value in values:
+        if isinstance(value, torch.dtype):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _dtypes(value)
 
 
 def pytest_configure(config):

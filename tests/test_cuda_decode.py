@@ -48,6 +48,11 @@ def test_only_the_pages_of_the_table_are_read(kernels):
     test_attention_decode.test_only_the_pages_of_the_table_are_read(HOST)
 
 
+@pytest.mark.parametrize("left, page", [(5, 0), (0, 16), (16, 16)])
+def test_a_window_may_begin_and_end_anywhere(kernels, left, page):
+    test_attention_decode.test_a_window_may_begin_and_end_anywhere(left, page, HOST)
+
+
 # Lanes of a row, a part of them idle; one chunk for each and two.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [8, 32, 40, 72, 80, 96, 128, 136, 192, 256])

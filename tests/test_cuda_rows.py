@@ -285,6 +285,9 @@ def test_launch_arithmetic(kernels):
         groups = blocks // cluster
         assert steps == [[0, groups * teams], [(groups - 1) * teams, groups * teams]]
         assert rows > (groups - 1) * teams or shape["same_phase"], "a block without rows"
+        filling = shape["processors"] * max(1, shape["resident"] // threads) // cluster
+        assert groups >= min(-(-rows // teams), max(1, filling)), "processors without work"
+        assert way != 2 or width + cut > 32 * chunk, "a row that fits is not walked"
         if shape["same_phase"]:
             first, step = steps[1]
             assert (first * width) % chunk == ((first + step) * width) % chunk or shape["aligned"]

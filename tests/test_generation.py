@@ -275,8 +275,9 @@ def test_wrong_use_of_a_cache_is_named(state: dict, call: dict, error: type[Exce
     before = state_of(cache)
     with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
         layer(torch.randn(B, L, E, dtype=options.get("dtype")), **{"cache": cache, "layer": 0} | call)
-    with pytest.raises(ValueError, match="new must be a number"):
-        cache.advance([1])
+    for wrong in ([1], -1, [1, -1, 1]):
+        with pytest.raises(ValueError, match="new must be a number"):
+            cache.advance(wrong)
     assert_state(cache, before)
 
 

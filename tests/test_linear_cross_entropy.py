@@ -15,7 +15,7 @@ import pyllm
 from pyllm import ops
 from pyllm.backend import use_backend
 from pyllm.benchmarks.timing import peak_memory
-from pyllm.testing import DTYPES, check, evaluate, randn
+from pyllm.testing import DTYPES, assert_within_budget, check, evaluate, randn
 
 REDUCTIONS = ["none", "mean", "sum"]
 SHAPES = [((2, 5), 24, 40), ((130,), 40, 163), ((1,), 1, 1), ((2, 0), 8, 9), ((), 8, 9)]
@@ -240,6 +240,27 @@ def test_gradcheck(target, reduction, budget):
             lambda hidden, weight, bias: loss(**options)(hidden, weight, given["target"], bias),
             [given[n] for n in ("hidden", "weight", "bias")],
         )
+
+
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.values[0] != ("triton", "cpu")])
+def test_float16_gradients_survive_the_mean(target):
+    """1 / rows of a softmax underflows unless the loss scale is multiplied in before rounding."""
+    backend, device = target
+    given = inputs((65_536,), 4, 5, torch.float16, device)
+    names = ("hidden", "weight", "bias")
+
+    def gradients(function, given):
+        return torch.autograd.grad(function(**given).float() * 2.0**16, [given[n] for n in names])
+
+    def plain(hidden, weight, target, bias):
+        return F.cross_entropy(F.linear(hidden, weight, bias).to(hidden.dtype), target)
+
+    double = {n: t.detach().double().requires_grad_() if n in names else t for n, t in given.items()}
+    truth = gradients(plain, double)
+    with torch.autocast(device, torch.float16), use_backend(backend):
+        found, others = gradients(loss(), given), gradients(plain, given)
+    for name, a, t, p in zip(names, found, truth, others, strict=True):
+        assert_within_budget(name, a, t, p)
 
 
 @pytest.mark.parametrize("target", KERNELS)

@@ -1,0 +1,197 @@
+"""The faults that mutants.py plants: rare branches, boundaries, one of several keys, features together.
+
+A fault is (file, text that the file has once, text in its place, what pytest runs in tests/); a fifth element says why
+no test can find it. `python tools/mutants.py --check` tells which entries a change of the code has made stale.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    area: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    survives: str = ""
+
+    def places(self, root: Path) -> int:
+        path = root / self.file
+        return path.read_text().count(self.old) if path.exists() else 0
+
+    def changed(self, text: str) -> str:
+        return text.replace(self.old, self.new)
+
+    def __str__(self) -> str:
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"{self.file}: {old}  ->  {new}"
+
+
+# fmt: off
+CACHE = "test_generation.py -k"
+CACHES = [
+    ("pyllm/nn/cache.py", "if sum(missing) > len(self._free):", "if max(missing) > len(self._free):", f"{CACHE} too_few"),
+    ("pyllm/nn/cache.py", "if sum(missing) > len(self._free):", "if sum(missing) > len(self._free) + 1:", f"{CACHE} too_few"),
+    ("pyllm/nn/cache.py", "len(held) - count : len(held)]", ":count]", f"{CACHE} new_pages"),
+    ("pyllm/nn/cache.py", "-(-(length + new) // self.page_size)", "((length + new) // self.page_size + 1)", f"{CACHE} pages_are_held"),
+    ("pyllm/nn/cache.py", "self._free += self._held[i][::-1]", "self._free += []", f"{CACHE} 'pages_are_held or too_few'"),
+    ("pyllm/nn/cache.py", "self._held[i] = []", "self._held[i] = self._held[i][:1]", f"{CACHE} 'pages_are_held or too_few'"),
+    ("pyllm/nn/cache.py", "return not any(self._lengths)", "return not all(self._lengths)", f"{CACHE} anew"),
+    ("pyllm/nn/cache.py", "if length + count > self.capacity:", "if length + count > self.slots:", f"{CACHE} step_by_step"),
+    ("pyllm/nn/cache.py", "or min(counts) < 0", "or max(counts) < 0", f"{CACHE} wrong_use"),
+    ("pyllm/nn/cache.py", "            self._lengths[i] = 0\n", "", f"{CACHE} 'pages_are_held or memory_once'"),
+    ("pyllm/nn/cache.py", "            self.lengths[i] = 0\n", "", f"{CACHE} 'pages_are_held or memory_once'"),
+    ("pyllm/nn/self_attention.py", '"rotary", self.position.dim, self.position.base)', '"rotary", self.position.dim)', f"{CACHE} share_a_cache"),
+    ("pyllm/nn/self_attention.py", '"rotary", self.position.dim, self.position.base)', '"rotary", self.position.base)', f"{CACHE} share_a_cache"),
+    ("pyllm/nn/self_attention.py", 'cache.kept(("alibi", self.heads)', 'cache.kept(("alibi",)', f"{CACHE} share_a_cache"),
+    ("pyllm/nn/self_attention.py", "interleaved = self.position.interleaved", "interleaved = False", f"{CACHE} share_a_cache"),
+    ("pyllm/nn/self_attention.py", "attn_mask is None and key_padding_mask is None:\n            lengths", "attn_mask is None:\n            lengths", f"{CACHE} memory_once"),
+    ("pyllm/nn/self_attention.py", "kept = cache.memory[layer]\n", "kept = cache.memory[0]\n", f"{CACHE} memory_once"),
+]
+
+PACKING = [
+    ("pyllm/nn/encoder.py", "0.0 < packing.share <=", "0.0 <= packing.share <=", "test_packing.py -k padding_alone"),
+    ("pyllm/nn/encoder.py", "_PACKED_SHARE = 0.9", "_PACKED_SHARE = 0.95", "test_packing.py -k not_packed"),
+    ("pyllm/nn/encoder.py", "and not self.self_attn.add_zero_attn", "", "test_packing.py -k more_keys"),
+    ("pyllm/nn/encoder.py", "and self.self_attn.bias_k is None", "", "test_packing.py -k more_keys"),
+    ("pyllm/nn/encoder.py", "if (mask is not None and not is_causal)", "if (mask is not None and mask.dim() > 2)", "test_packing.py -k not_packed"),
+    ("pyllm/nn/attention.py", "if self.training else 0.0\n        qkv", "if self.training else self.dropout\n        qkv", "test_packing.py -k dropout"),
+    ("pyllm/nn/attention.py", "is_causal=is_causal, dropout_p=dropout_p)\n        return linear(out.flatten(-2)", "is_causal=is_causal)\n        return linear(out.flatten(-2)", "test_packing.py -k 'dropout or packed_is_padded'"),
+    ("pyllm/nn/attention.py", "key_padding_mask = F.pad(key_padding_mask, (0, added))", "key_padding_mask = F.pad(key_padding_mask, (0, added), value=True)", "test_layers.py -k test_attention"),
+    ("pyllm/nn/attention.py", "value=1.0 if attn_mask.dtype == torch.bool else 0.0", "value=0.0", "test_layers.py -k test_attention"),
+    ("pyllm/nn/attention.py", "and not (extended and key_padding_mask is not None)", "", "test_layers.py -k test_attention"),
+    ("pyllm/nn/self_attention.py", "positions = packing.positions", "positions = torch.arange(x.shape[1], device=x.device)", "test_packing.py -k block_on_tokens"),
+    ("pyllm/nn/self_attention.py", 'options["dropout_p"] = self.dropout if self.training else 0.0', 'options["dropout_p"] = self.dropout if self.training and packing is None else 0.0', "test_packing.py -k block_on_tokens"),
+    ("pyllm/nn/packing.py", "positions * batch + sequences", "positions + length * sequences", "test_packing.py -k inverse"),
+]
+
+DISPATCH = [
+    ("pyllm/dispatch.py", "(row.width, row.elements), reverse=True", "(row.elements, row.width), reverse=True", "test_dispatch.py -k rules_by_size"),
+    ("pyllm/dispatch.py", "(row.width, row.elements), reverse=True", "(row.width, row.elements)", "test_dispatch.py -k rules_by_size"),
+    ("pyllm/dispatch.py", "(row.width, row.elements), reverse=True", "row.width, reverse=True", "test_dispatch.py -k rules_by_size"),
+    ("pyllm/backend.py", "tensor.shape[-1] >= width", "tensor.shape[-1] > width", "test_dispatch.py -k rules_by_size"),
+    ("pyllm/backend.py", "tensor.numel() >= elements and", "tensor.numel() > elements and", "test_dispatch.py -k rules_by_size"),
+    ("pyllm/backend.py", '"both" if recorded else "forward"', '"both"', "test_dispatch.py -k rules_by_size"),
+    ("pyllm/explain.py", "choice.backend if choice.fused else", "choice.backend if choice.kernel else", "test_explain.py"),
+    ("setup.py", "if not demand and torch.version.cuda is None", "if torch.version.cuda is None", "test_install.py -k beside"),
+    ("pyllm/patching.py", "module.head_dim > _MAX_HEAD_DIM", "module.head_dim >= _MAX_HEAD_DIM", "test_patch.py"),
+]
+
+GRAPHS = [
+    ("pyllm/graphs.py", "leaf.device, leaf.requires_grad)", "leaf.device)", "test_graphs.py -k anew"),
+    ("pyllm/graphs.py", "(leaf.shape, leaf.dtype, leaf.device", "(leaf.shape, leaf.device", "test_graphs.py -k anew"),
+    ("pyllm/graphs.py", "else (type(leaf), leaf)", "else leaf", "test_graphs.py -k anew"),
+    ("pyllm/graphs.py", "_autocast_dtype(), deterministic, backend.asked())", "_autocast_dtype(), backend.asked())", "test_graphs.py -k anew"),
+    ("pyllm/graphs.py", "_autocast_dtype(), deterministic, backend.asked())", "deterministic, backend.asked())", "test_graphs.py -k anew"),
+    ("pyllm/graphs.py", "_autocast_dtype(), deterministic, backend.asked())", "_autocast_dtype(), deterministic)", "test_graphs.py -k anew"),
+    ("pyllm/graphs.py", "modes = (torch.is_grad_enabled(), ", "modes = (", "test_graphs.py -k anew"),
+    ("pyllm/graphs.py", "for module in self._modules))", "for module in self._modules[:1]))", "test_graphs.py -k anew"),
+    ("pyllm/graphs.py", "key = (spec, described,", "key = (described,", "test_graphs.py -k anew"),
+    ("pyllm/graphs.py", "        self._kept.move_to_end(key)\n", "", "test_graphs.py -k longest"),
+    ("pyllm/graphs.py", "popitem(last=False)", "popitem()", "test_graphs.py -k longest"),
+    ("pyllm/graphs.py", "if len(self._kept) > self.captures:", "if len(self._kept) >= self.captures:", "test_graphs.py -k longest"),
+    ("pyllm/graphs.py", "if self._calls < WARM_UPS:", "if self._calls <= WARM_UPS:", "test_graphs.py -k step", "One call more as it is: the step that follows is captured all the same, and every call is one step."),
+]
+
+OPERATORS = [
+    ("pyllm/ops/attention.py", 'wanted["distance_bias"], torch.are_deterministic_algorithms_enabled())', 'wanted["distance_bias"], False)', "test_handed_over.py -k deterministic"),
+    ("pyllm/ops/attention.py", "right = 0 if is_causal else right", "right = 0 if is_causal and window is None else right", "test_handed_over.py -k attention"),
+    ("pyllm/ops/attention.py", "and call.bottom_right and call.query.shape[2] != call.key.shape[2]", "and call.bottom_right and call.query.shape[2] > call.key.shape[2]", "test_attention.py -k 'bottom-short and torch'"),
+    ("pyllm/ops/attention.py", "sk - sq if call.bottom_right else 0\n    rows", "0\n    rows", "test_attention.py -k 'flops or packed'"),
+    ("pyllm/ops/attention_decode.py", "if length + added > capacity:", "if length >= capacity:", "test_attention_decode.py -k wrong_arguments"),
+    ("pyllm/ops/attention_decode.py", "length + added < query.shape[2]:", "length + added < query.shape[2] - 1:", "test_attention_decode.py -k wrong_arguments"),
+    ("pyllm/ops/cross_entropy.py", "late = scale if logits.dtype == torch.float16 else None", "late = None", "test_cross_entropy.py -k 'float16_gradients and native'"),
+    ("pyllm/ops/cross_entropy.py", "return gradient.clone() if again else gradient.detach()", "return gradient.detach()", "test_cross_entropy.py -k 'kept and native'"),
+    ("pyllm/ops/cross_entropy.py", "weight = None if weight is None else weight.to(dtype).contiguous()", "weight = None if weight is None else weight.to(dtype)", "test_cross_entropy.py -k 'options and native'"),
+    ("pyllm/ops/linear_cross_entropy.py", 'hidden.dtype == torch.float16 or shard[-1]', 'shard[-1]', "test_linear_cross_entropy.py -k float16_gradients"),
+    ("pyllm/ops/linear_cross_entropy_chunks.py", "return torch.where(peak == -torch.inf, 0.0, peak)", "return peak", "test_linear_cross_entropy.py -k 'without_a_chance and native'"),
+    ("pyllm/ops/linear_cross_entropy_chunks.py", "torch.where(target == ignore_index, 0.0, values)", "values", "test_linear_cross_entropy.py -k 'options and native'"),
+    ("pyllm/ops/linear_cross_entropy_chunks.py", "share = label_smoothing / classes if label_smoothing else 0.0", "share = label_smoothing", "test_linear_cross_entropy.py -k 'options and native'"),
+    ("pyllm/ops/relative_bias.py", "first = (distance > 0) * num_buckets", "first = (distance >= 0) * num_buckets", "test_blocks.py -k t5"),
+    ("pyllm/ops/relative_bias.py", "distance < exact", "distance <= exact", "test_hf_parity.py -k t5", "At distance `exact` the logarithm is 0, and both branches give bucket `exact`."),
+    ("pyllm/ops/rotary.py", "interleaved, not inverse)", "interleaved, True)", "test_rotary.py -k inverse"),
+    ("pyllm/reference.py", "keep &= distance >= -left", "keep &= distance > -left", "test_reference.py -k attention"),
+    ("pyllm/reference.py", "keep &= distance <= right", "keep &= distance < right", "test_reference.py -k attention"),
+    ("pyllm/reference.py", "(kept if weight is None else torch.where(kept, weight[index], 0.0)).sum()", "kept.sum()", "test_reference.py -k cross_entropy"),
+    ("pyllm/reference.py", "int(p * 65536 + 0.5)", "int(p * 65536)", "test_dropout_add.py -k 'reference_mask and native'"),
+    ("pyllm/reference.py", "call.dropout_p, batch * heads, sq, sk, first_batch * heads)", "call.dropout_p, batch * heads, sq, sk, 0)", "test_attention.py -k 'varlen and native'"),
+    ("pyllm/reference.py", "reach = call.distance_bias.shape[1] // 2", "reach = call.distance_bias.shape[1] // 2 - 1", "test_attention.py -k 't5 and native'"),
+    ("pyllm/testing.py", "nan_to_num(0.0, posinf=0.0)", "nan_to_num(0.0)", "test_bench.py"),
+]
+
+DECODE = "test_attention_decode.py -k"
+TRITON = [
+    ("kernels/attention_decode.py", "first = tl.maximum(total - Sn - left, 0)", "first = tl.maximum(total - Sn - left + 1, 0)", f"{DECODE} 'begin_and_end and triton'"),
+    ("kernels/attention_decode.py", "tl.exp(b_lse - tl.where(peak == -INF, 0.0, peak))", "tl.exp(b_lse - peak)", f"{DECODE} 'shares and triton'"),
+    ("kernels/attention_decode.py", "end = tl.minimum(start + width, total)", "end = start + width", f"{DECODE} 'begin_and_end and triton'"),
+    ("kernels/attention_decode.py", "o_place = total - Sn + o_row", "o_place = total - 1 + 0 * o_row", f"{DECODE} 'few and triton'"),
+    ("kernels/attention_decode.py", "o_n // pages.size, mask=m_n", "o_n // pages.size * 0 + tl.min(o_n // pages.size, 0), mask=m_n", f"{DECODE} 'begin_and_end and triton'"),
+    ("kernels/attention_decode.py", "row = o_n % pages.size", "row = o_n", f"{DECODE} 'paged and triton'"),
+    ("kernels/cross_entropy.py", 'shift = tl.where(top == float("-inf"), 0.0, top)', "shift = top", "test_linear_cross_entropy.py -k 'without_a_chance and triton'"),
+    ("kernels/cross_entropy.py", "tl.where(a == 0.0, 0.0, tl.exp(x - shift) * a)", "tl.exp(x - shift) * a", "test_cross_entropy.py -k 'hold_anything and triton'"),
+    ("kernels/cross_entropy.py", "origin = tl.where(logit - logit == 0.0, logit, 0.0)", "origin = logit", "test_cross_entropy.py -k 'without_a_chance and triton'"),
+    ("kernels/cross_entropy.py", "inside = kept & (target >= 0) & (target < N)", "inside = kept & (target >= 0) & (target <= N)", "test_cross_entropy.py -k 'out_of_bounds and triton'"),
+    ("kernels/cross_entropy.py", "m_target = m_rows & (target >= 0) & (target < N)", "m_target = m_rows & (target >= 0)", "test_linear_cross_entropy.py -k 'options and triton'"),
+    ("kernels/cross_entropy.py", "if factor != 1.0:", "if factor > 1.0:", "test_cross_entropy.py -k 'incoming and triton'"),
+    ("kernels/softmax.py", "if len(sizes) > 3:", "if len(sizes) > 4:", "test_softmax.py -k 'test_mask and triton'"),
+    ("kernels/softmax.py", 'tl.where(y == float("-inf"), 0.0, dy), tl.exp(y)', "dy, tl.exp(y)", "test_softmax.py -k 'test_mask and triton'"),
+    ("kernels/softmax.py", "sq=x.shape[-2] if is_causal else 1", "sq=x.shape[-1] if is_causal else 1", "test_softmax.py -k 'causal and triton'"),
+    ("kernels/norm.py", "delta * delta * (share * first)", "delta * delta * share", "test_norm.py -k 'test_norm and triton and 65536'"),
+    ("kernels/norm.py", "count = tl.minimum(N - first, BLOCK_N)", "count = tl.minimum(N, BLOCK_N)", "test_rows.py -k 'begin_anywhere and 4097 and layer_norm'"),
+    ("kernels/rotary.py", "o_rest = 2 * pairs + tl.arange", "o_rest = pairs + tl.arange", "test_rotary.py -k 'test_rotary and triton'", "Columns of the turned part are written anew, from the input, before or after they are turned: found by chance alone."),
+    ("kernels/attention_common.py", "return value if 0 <= value < longest else None", "return value if 0 < value < longest else None", "test_attention.py -k 'causal and triton'"),
+    ("kernels/attention_common.py", "0 if slopes.shape[0] == 1 else slopes.shape[1]", "slopes.shape[1]", "test_attention.py -k 'alibi and triton'"),
+    ("kernels/attention_common.py", "full_start = tl.cdiv(tl.maximum(last - left, 0), BLOCK_C) * BLOCK_C", "full_start = tl.maximum(last - left, 0) // BLOCK_C * BLOCK_C", "test_attention.py -k 'window and triton'"),
+    ("kernels/attention_common.py", "end = tl.minimum(cols, tl.maximum(last + right + 1, 0))", "end = tl.minimum(cols, tl.maximum(last + right, 0))", "test_attention.py -k 'causal and triton'"),
+    ("kernels/attention_common.py", "b * sizes.H + h,\n        Sq,", "h,\n        Sq,", "test_attention.py -k 'drops_the_same and triton'"),
+]
+
+NATIVE = [
+    ("csrc/cpu/attention_decode.cpp", "std::max<int64_t>(0, first) / kPieceUnit", "(std::max<int64_t>(0, first) + 1) / kPieceUnit", f"{DECODE} 'begin_and_end and native'"),
+    ("csrc/cpu/attention_decode.cpp", "longest = std::max(longest, sequences.back().keys);", "longest = sequences.back().keys;", f"{DECODE} 't5 and native'"),
+    ("csrc/cpu/attention_decode.cpp", "sequence.first_piece = static_cast<int64_t>(pieces.size());", "sequence.first_piece = static_cast<int64_t>(pieces.size()) - (sequence.keys == 0);", f"{DECODE} 'shares and native'"),
+    ("csrc/cpu/attention.cpp", "|| mask.size(2) == 1 || mask.size(3) == 1", "|| mask.size(2) == 1", "test_attention.py -k 'float and native'"),
+    ("csrc/cpu/attention.cpp", "longest_q = std::max(longest_q, sequence.sq);", "longest_q = sequence.sq;", "test_attention.py -k 'varlen and native'"),
+    ("csrc/cpu/attention.cpp", ".left = std::min(given.left, furthest)", ".left = std::min(given.left, furthest / 2)", "test_attention.py -k 'window and native'"),
+    ("csrc/cpu/cross_entropy_kernel.cpp", "const C origin = logit - logit == 0 ? logit : 0;", "const C origin = logit;", "test_cross_entropy.py -k 'without_a_chance and native'"),
+    ("csrc/cpu/cross_entropy_kernel.cpp", "if (other_peak != -kInf<C>) total", "total", "test_linear_cross_entropy.py -k 'without_a_chance and native'"),
+    ("csrc/cpu/cross_entropy_kernel.cpp", "if (ignored || target < 0 || target >= n)", "if (ignored || target < 0 || target > n)", "test_cross_entropy.py -k 'out_of_bounds and native'"),
+    ("csrc/cpu/cross_entropy_kernel.cpp", "if (inside) there = gradient(target, 1) - k.b;", "if (target > 0) there = gradient(target, 1) - k.b;", "test_cross_entropy.py -k 'native and not large'"),
+    ("csrc/cpu/softmax_kernel.cpp", "terms[0] += args.log ? (p == -inf ? Vec<C>{} : g) : g * p;", "terms[0] += args.log ? g : g * p;", "test_softmax.py -k 'test_mask and native'"),
+    ("csrc/cpu/softmax_kernel.cpp", "n = i + 1 < n ? i + 1 : n;", "n = i < n ? i + 1 : n;", "test_softmax.py -k 'causal and native'"),
+    ("csrc/cpu/norm_kernel.cpp", "(row - begin) % kRowsPerSum != 0 && row != end", "(row - begin) % kRowsPerSum != 0", "test_norm.py -k 'native and test_norm'"),
+    ("csrc/cpu/norm_kernel.cpp", "!args.rms && args.width == 1", "false", "test_norm.py -k 'native and width_one'"),
+    ("csrc/cpu/rotary_kernel.cpp", "(args.inverse ? -1 : 1)", "(args.inverse && !args.interleaved ? -1 : 1)", "test_rotary.py -k 'inverse and native'"),
+]
+
+ROWS, SPLIT = "test_cuda_rows.py -k", "test_cuda_decode.py -k"
+CUDA = [
+    ("csrc/cuda/decode_plan.h", "first = left < 0 ? 0 : total - queries - left;", "first = left < 0 ? 0 : total - queries - left + 1;", f"{SPLIT} begin_and_end"),
+    ("csrc/cuda/decode_plan.h", "(units + shares - 1) / shares * unit", "units / shares * unit", f"{SPLIT} work_split"),
+    ("csrc/cuda/decode_plan.h", "std::min(capacity, left + queries + kPageUnit)", "left + queries", f"{SPLIT} work_split"),
+    ("csrc/cuda/attention_decode_split.cuh", "args.left >= 0 && distance < -args.left", "args.left >= 0 && distance <= -args.left", f"{SPLIT} begin_and_end"),
+    ("csrc/cuda/attention_decode_split.cuh", "int64_t{sequence} * args.slopes_sequence + at.head", "at.head", f"{SPLIT} shares_are_merged"),
+    ("csrc/cuda/launch.h", "device.capability >= 90", "device.capability >= 80", f"{ROWS} launch"),
+    ("csrc/cuda/launch.h", "ceil_div(groups, limits.chunk) * limits.chunk", "groups", f"{ROWS} launch"),
+    ("csrc/cuda/launch.h", "std::min(ceil_div(rows, plan.teams_per_block()), resident)", "std::min(ceil_div(rows, plan.teams_per_block()), int64_t{1})", f"{ROWS} launch"),
+    ("csrc/cuda/launch.h", "width + (aligned ? 0 : limits.chunk - 1)", "width", f"{ROWS} launch"),
+    ("csrc/cuda/softmax.cuh", "sum += args.log ? (p == -kInfinity ? 0.0f : g) : g * p;", "sum += args.log ? g : g * p;", f"{ROWS} test_mask"),
+    ("csrc/cuda/softmax.cuh", "merged.strides[last] == stride * size", "merged.strides[last] == stride", f"{ROWS} test_mask"),
+    ("csrc/cuda/softmax.cuh", "      total *= exponential<T>(peak - shift);\n", "", f"{ROWS} 'wide_causal or widest'"),
+    ("csrc/cuda/architectures.h", "capability / 10 == compiled / 10 && capability >= compiled", "capability / 10 == compiled / 10", f"{ROWS} devices"),
+    ("csrc/cuda/attention_plan.h", "(begin(middle) / size + middle <= slot ?", "(begin(middle) / size + middle < slot ?", "test_cuda_attention.py -k one_slot"),
+    ("csrc/cuda/attention_plan.h", "packed ? length / size + count :", "packed ? length / size :", "test_cuda_attention.py -k one_slot"),
+]
+
+AREAS = {
+    "cache, generation": CACHES,
+    "packing, masks": PACKING,
+    "backend, dispatch": DISPATCH,
+    "graphs": GRAPHS,
+    "operators": OPERATORS,
+    "Triton": TRITON,
+    "C++ on the CPU": NATIVE,
+    "CUDA on the host model": CUDA,
+}
+FAULTS = [Fault(area, *entry) for area, entries in AREAS.items() for entry in entries]
