@@ -6,10 +6,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Linear, Module
 
+from pyllm import reference
 from pyllm.backend import select
+from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.nn.memory import Source, by_hand, flat, in_one_precision, kept, matrix, restored
 from pyllm.nn.plain import LINEAR, is_plain
 from pyllm.nn.tracing import leaf
@@ -98,11 +99,16 @@ class _FeedForward(torch.autograd.Function):
         return (active @ weight2.mT).view(*x.shape[:-1], weight2.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
         weight1, bias1, weight2, rng, hidden, active, *saved = ctx.saved_tensors
         wants_x, wants_weight1, wants_bias1, wants_weight2, *rest = ctx.needs_input_grad
-        x = restored(ctx, saved) if hidden is None or wants_weight1 else None
+        again = beyond_kernels(dout)
+        x = restored(ctx, saved) if hidden is None or wants_weight1 or again else None
+        if again:
+            operands = (x, weight1, bias1, weight2)
+            composed = partial(_composed, rng, *ctx.options)
+            dx, *others = vjp(composed, operands, ctx.needs_input_grad[:4], [matrix(dout)])
+            return dx if dx is None else dx.view(*dout.shape[:-1], dx.shape[-1]), *others, *(None for _ in rest)
         if hidden is None:
             hidden = x @ weight1.mT
         rows = matrix(dout)
@@ -117,6 +123,11 @@ class _FeedForward(torch.autograd.Function):
         dweight1 = dhidden.mT @ x if wants_weight1 else None
         dx = (dhidden @ weight1).view(*dout.shape[:-1], weight1.shape[1]) if wants_x else None
         return dx, dweight1, dbias1 if wants_bias1 else None, dweight2, *(None for _ in rest)
+
+
+def _composed(rng, dropout_p, kind, x, weight1, bias1, weight2) -> Tensor:
+    """The same of matrices, in PyTorch's operators."""
+    return reference.activation(x @ weight1.mT, None, bias1, rng, dropout_p, kind) @ weight2.mT
 
 
 @leaf

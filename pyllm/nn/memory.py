@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Module
 
+from pyllm.derivatives import transformed
 from pyllm.nn.plain import LINEAR, is_unchanged
 from pyllm.ops._autocast import lower_precision
 from pyllm.ops._registration import needs_grad
@@ -82,11 +82,13 @@ def in_one_precision(
 
 def by_hand(*tensors: Tensor | None) -> bool:
     """Whether a Function of this package takes the place of autograd's own: a compiler has a memory plan itself, a
-    trace is to be saved, and tensors of other classes (quantised, distributed) have products of their own."""
+    trace is to be saved, torch.func's transforms have rules for PyTorch's operators alone, and tensors of other classes
+    (quantised, distributed) have products of their own."""
     return (
         needs_grad(*tensors)
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
+        and not transformed()
         and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     )
 
@@ -121,8 +123,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight).add_(bias)  # oneDNN's product with a bias takes a quarter longer
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, dout):  # of operators that are differentiated again as they are
         weight, *saved = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *rest = ctx.needs_input_grad
         rows = matrix(dout)
