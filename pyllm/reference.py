@@ -174,12 +174,14 @@ def cross_entropy(
     """
     kept = target != ignore_index
     index = torch.where(kept, target, 0)
+    if weight is not None and not weight.numel():
+        weight = None
     losses = -torch.log_softmax(logits, -1)
     if weight is not None:
         losses = losses * weight
-    loss = (1 - label_smoothing) * losses.gather(-1, index[..., None]).squeeze(-1) if index.numel() else losses.sum(-1)
+    loss = (1 - label_smoothing) * losses.gather(-1, index[..., None]).squeeze(-1) if losses.numel() else losses.sum(-1)
     if label_smoothing:
-        loss = loss + label_smoothing / logits.shape[-1] * losses.sum(-1)
+        loss = loss + label_smoothing / max(logits.shape[-1], 1) * losses.sum(-1)
     if z_loss:
         loss = loss + z_loss * logits.logsumexp(-1).square()
     loss = torch.where(kept, loss, 0.0)
@@ -339,7 +341,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """
     half = cos.shape[-1]
     turned, rest = x.split((2 * half, x.shape[-1] - 2 * half), -1)
-    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.split(half, -1)
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.split((half, half), -1)
     pair = (first * cos - second * sin, second * cos + first * sin)
     turned = torch.stack(pair, -1).reshape(turned.shape) if interleaved else torch.cat(pair, -1)
     return torch.cat([turned.to(x.dtype), rest], -1)
@@ -369,7 +371,8 @@ class DecodeCall(NamedTuple):
 def attention_decode(*args) -> tuple[Tensor, Tensor]:
     """Appends key and value to the caches, then attention of query over each sequence: out (B, H, Sn, D) and lse."""
     call = DecodeCall(*args)
-    results = [(call.query[:0], call.query[:0, ..., 0].to(statistics_type(call.query)))]
+    none = call.query[:0]
+    results = [(none, none.new_empty(none.shape[:3], dtype=statistics_type(none)))]
     results += [_decode_one(call, index, length) for index, length in enumerate(call.cache_seqlens.tolist())]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 

@@ -157,10 +157,8 @@ def check_operands(
     expected = (first, *key.shape[1:-1], dim)
     _checks.shape(op, names[0], key, expected, of_key)
     _checks.shape(op, names[1], value, expected, f"{of_key}, as {names[0]},")
-    if kv_heads == 0 or heads % kv_heads:
+    if heads % kv_heads if kv_heads else heads:
         raise ValueError(f"{op}: query's {heads} heads must be a multiple of {names[0]}'s {kv_heads}")
-    if dim == 0:
-        raise ValueError(f"{op}: query must have a head_dim of 1 or more, got 0")
 
 
 def _check_sequences(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> int:
@@ -253,7 +251,7 @@ def options_of(op, query, is_causal, causal_alignment, window, softcap, scale, d
         raise ValueError(f"{op}: softcap must be a finite number, 0 (none) or more, got {softcap}")
     _checks.probability(op, "dropout_p", dropout_p)
     left, right = (-1, -1) if window is None else window
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
     right = 0 if is_causal else right
     return scale, float(softcap), float(dropout_p), left, right, causal_alignment == "bottom_right"
 
@@ -388,6 +386,8 @@ def _unfit_for_sdpa(*args) -> str | None:
     call = AttentionCall(*args)
     if call.cu_seqlens_q is not None:
         return "it takes no packed sequences"
+    if not (call.query.shape[1] and call.query.shape[3]):
+        return "it takes a head and a head_dim of 1 at least"
     if call.attn_mask is not None or call.key_padding_mask is not None:
         return "a mask may leave a row empty, where torch gives NaN"
     if call.key.shape[2] == 0:
@@ -405,16 +405,19 @@ def _unfit_for_sdpa(*args) -> str | None:
     return None
 
 
-def too_wide(query: Tensor, *_) -> str | None:
+def unfit_for_kernels(query: Tensor, *_) -> str | None:
     """Implementation.unfit of this package's kernels."""
-    dim = query.shape[-1]
-    return f"its kernels take a head_dim of up to 256, and this one is {dim}" if dim > 256 else None
+    heads, dim = query.shape[1], query.shape[-1]
+    if dim > 256:
+        return f"its kernels take a head_dim of up to 256, and this one is {dim}"
+    return None if heads and dim else "its kernels take a head and a head_dim of 1 at least"
 
 
 def _unfit_for_native(*args) -> str | None:
     call = AttentionCall(*args[:-1])
-    if call.query.is_cpu or too_wide(call.query):
-        return too_wide(call.query)
+    why = unfit_for_kernels(call.query)
+    if call.query.is_cpu or why is not None:
+        return why
     if call.query.shape[-1] % 8:
         return f"its CUDA C++ kernels take a head_dim that is a multiple of 8, and this one is {call.query.shape[-1]}"
     step, traced = 16 // call.query.element_size(), torch.compiler.is_compiling()
@@ -450,7 +453,7 @@ ATTENTION = Operator(
     "attention",
     _kernels
     | {
-        "triton": replace(_kernels["triton"], unfit=too_wide),
+        "triton": replace(_kernels["triton"], unfit=unfit_for_kernels),
         "torch": Implementation(_sdpa, _unfit_for_sdpa, kernel="scaled_dot_product_attention"),
         "reference": Implementation(_reference, fused=False),
     },

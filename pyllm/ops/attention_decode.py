@@ -7,7 +7,7 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._registration import kernel, named_kernel, needs_grad
-from pyllm.ops.attention import check_operands, merged_heads, options_of, score_biases, too_wide
+from pyllm.ops.attention import check_operands, merged_heads, options_of, score_biases, unfit_for_kernels
 from pyllm.ops.relative_bias import RelativeBias
 from pyllm.reference import DecodeCall, statistics_type
 
@@ -149,8 +149,9 @@ QUERIES_IN_CUDA = 16  # of a key head: beyond, products are for tensor cores, wh
 
 def _unfit_for_native(*args) -> str | None:
     call = DecodeCall(*args)
-    if call.query.is_cpu or too_wide(call.query):
-        return too_wide(call.query)
+    why = unfit_for_kernels(call.query)
+    if call.query.is_cpu or why is not None:
+        return why
     queries = call.query.shape[1] // call.key_cache.shape[1] * call.query.shape[2]
     if queries > QUERIES_IN_CUDA:
         return f"its CUDA C++ kernel is for up to {QUERIES_IN_CUDA} queries of a key head, and these are {queries}"
@@ -173,7 +174,7 @@ ATTENTION_DECODE = Operator(
         name: Implementation(kernel, unfit, kernel=named_kernel(name, kernel, None))
         for name, kernel, unfit in (
             ("native", attention_decode_fwd.native, _unfit_for_native),
-            ("triton", attention_decode_fwd.triton, too_wide),
+            ("triton", attention_decode_fwd.triton, unfit_for_kernels),
         )
         if kernel is not None
     }

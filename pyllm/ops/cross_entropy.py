@@ -1,5 +1,7 @@
 """Cross-entropy of logits and class indices: the loss and the gradient of the logits from one pass over them."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,7 +107,7 @@ def _check_weight(op: str, weight: Tensor, logits: Tensor) -> None:
 def inverse_count(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """What a mean multiplies the sum by, without a synchronisation; infinite where no target counts."""
     kept = target != ignore_index
-    if weight is None:
+    if weight is None or not weight.shape[0]:  # without classes no target counts
         return kept.sum(dtype=dtype).reciprocal()
     index = torch.where(kept, target, 0).clamp(0, weight.shape[0] - 1)  # out of bounds: the loss is NaN anyway
     return torch.where(kept, weight[index], 0.0).sum(dtype=dtype).reciprocal()
@@ -247,7 +249,7 @@ def _hessian_product(
     ones = torch.ones(classes, dtype=statistics_type(gradient), device=gradient.device)
     weight = ones if weight is None else weight
     at_target = (1 - label_smoothing) * weight[index]
-    everywhere = label_smoothing / classes * weight
+    everywhere = label_smoothing / max(classes, 1) * weight
     unscaled = gradient.to(weight.dtype)
     unscaled = unscaled if scale is None else unscaled / scale
     total = unscaled.sum(-1, keepdim=True) + at_target + everywhere.sum()
@@ -270,7 +272,8 @@ def torch_cross_entropy(logits, target, weight, ignore_index, label_smoothing, z
     scale = inverse_count(target, weight, ignore_index, statistics_type(logits)) if reduction == "mean" else None
     weight = None if weight is None else weight.to(logits.dtype)
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
-    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), weight, **options)
+    rows = logits.reshape(math.prod(target.shape), logits.shape[-1])  # beside classes of 0 no -1 is inferred
+    loss = F.cross_entropy(rows, target.reshape(-1), weight, **options)
     return reduced(loss.reshape(target.shape).to(statistics_type(logits)), scale, reduction)  # torch's sums 16 bits
 
 

@@ -54,7 +54,7 @@ def _tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
         cos.dim() in (2, 3)
         and cos.shape[-2] == x.shape[2]
         and (cos.dim() == 2 or cos.shape[0] in (1, x.shape[0]))
-        and 0 < 2 * cos.shape[-1] <= x.shape[3]
+        and min(1, x.shape[3]) <= 2 * cos.shape[-1] <= x.shape[3]
     ):
         raise ValueError(
             f"{op}: cos must have shape (S, R / 2) or (B, S, R / 2) with S = {x.shape[2]}, B = {x.shape[0]} and R at "
