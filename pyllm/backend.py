@@ -22,6 +22,7 @@ BACKENDS = ("native", "triton", "torch", "reference")
 PREFERENCE = {
     "cpu": ("native", "torch", "reference"),
     "cuda": ("native", "triton", "torch", "reference"),
+    "meta": ("native", "triton", "torch", "reference"),  # shapes alone, from the fake implementations of kernels
 }
 
 
@@ -106,6 +107,8 @@ def asked() -> str | None:
 
 def unavailable(name: str, place: torch.device) -> str | None:
     """Why backend `name` cannot run on tensors of this device, or None if it can."""
+    if place.type == "meta":
+        return _library.error if name == "native" else None
     if name == "native":
         if place.type == "cpu":
             return _library.error

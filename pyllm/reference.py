@@ -384,14 +384,13 @@ def _decode_one(call: DecodeCall, index: int, length: int) -> tuple[Tensor, Tens
     if call.cos is not None:
         turn = (call.cos[total - new : total], call.sin[total - new : total], call.interleaved)
         query, key = rotary(query, *turn), None if key is None else rotary(key, *turn)
-    caches = []
+    caches, places = [], torch.arange(total, device="cpu")
     for cache, added in ((call.key_cache, key), (call.value_cache, call.value)):
         if call.block_table is None:
-            pages, slots = torch.tensor([index] * total, dtype=torch.int64), torch.arange(total)
+            pages, slots = torch.full_like(places, index), places
         else:
             size = cache.shape[2]
-            slots = torch.arange(total) % size
-            pages = call.block_table[index].cpu().long()[torch.arange(total) // size]
+            pages, slots = call.block_table[index].cpu().long()[places // size], places % size
         if added is not None:
             rows = added if cache is call.key_cache else added[index : index + 1]
             cache[pages[length:], :, slots[length:]] = rows[0].transpose(0, 1)

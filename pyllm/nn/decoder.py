@@ -1,13 +1,14 @@
 """DecoderLayer, the configurable block; TransformerDecoderLayer and TransformerDecoder, torch.nn's by these names."""
 
-from copy import deepcopy
 from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from pyllm.nn.cache import KVCache
 from pyllm.nn.encoder import EncoderLayer, causal_hint
+from pyllm.nn.norm import RMSNorm
 from pyllm.nn.residual import ResidualLayer, Sublayer, of_module, run_sublayers
 from pyllm.nn.self_attention import CrossAttention
 from pyllm.nn.tracing import drop_in, leaf
@@ -36,7 +37,7 @@ class DecoderLayer(EncoderLayer):
         if cross and self.parallel_residual:
             raise ValueError("parallel_residual has no place for cross-attention: cross must be False")
         self.cross_attn = CrossAttention(d_model, self.self_attn) if cross else None
-        self.cross_attn_norm = deepcopy(self.self_attn_norm) if cross else None
+        self.cross_attn_norm = _norm_like(self.self_attn_norm) if cross else None
 
     def forward(
         self,
@@ -70,6 +71,13 @@ class DecoderLayer(EncoderLayer):
         args = (memory, memory_mask, memory_key_padding_mask, cache, layer)
         crossing = Sublayer(of_module(self.cross_attn, CrossAttention), args, self.dropout, self.cross_attn_norm)
         return self._run(tgt, cache, attending, crossing, feeding)
+
+
+def _norm_like(norm: Module) -> Module:
+    """A new one; a copy of fake parameters would belong to a mode of its own."""
+    bias = {} if isinstance(norm, RMSNorm) else {"bias": norm.bias is not None}
+    factory = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+    return type(norm)(norm.normalized_shape, norm.eps, **bias, **factory)
 
 
 @drop_in
@@ -140,6 +148,6 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             memory_mask,
             tgt_key_padding_mask,
             memory_key_padding_mask,
-            causal_hint(tgt_is_causal),
+            causal_hint(tgt_is_causal, tgt_mask),
             memory_is_causal,
         )

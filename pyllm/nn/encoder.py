@@ -14,7 +14,7 @@ from pyllm.nn.cache import KVCache
 from pyllm.nn.feedforward import FeedForward, fuses
 from pyllm.nn.memory import Source, check_plan
 from pyllm.nn.norm import LayerNorm, RMSNorm
-from pyllm.nn.packing import Packing, pad, take
+from pyllm.nn.packing import Packing, pad, readable, take
 from pyllm.nn.plain import LINEAR, is_plain, is_unchanged
 from pyllm.nn.residual import ResidualLayer, Sublayer, is_row_norm, of_module, run_parallel, run_sublayers
 from pyllm.nn.self_attention import SelfAttention
@@ -248,8 +248,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     enable_nested_tensor lets a batch with src_key_padding_mask go through the layers as its tokens alone, as torch's
     does in inference: then padded positions hold 0 before the final norm. What differs: in training too, where torch's
     holds what the layers compute there; wherever more than a tenth of the batch is padding, and no mask but the causal
-    one is given; no NestedTensor is made. On a GPU this waits once for the number of tokens. Under torch.compile
-    batches stay padded, and a mask is used as it is, without a look whether it is causal.
+    one is given; no NestedTensor is made. On a GPU this waits once for the number of tokens. Under torch.compile and
+    without data (meta and fake tensors) batches stay padded, and a mask is used as it is, without a look whether it is
+    causal.
     """
 
     def __init__(
@@ -272,7 +273,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     ) -> Tensor:
         """src through all layers and the final norm. is_causal=None looks whether mask is the causal one."""
         batch_first = self.layers[0].self_attn.batch_first
-        is_causal = causal_hint(is_causal)
+        is_causal = causal_hint(is_causal, mask)
         if is_causal is None:
             is_causal = _detect_is_causal_mask(mask, None, _get_seq_len(src, batch_first))
         packing = self._packing(src, mask, src_key_padding_mask, is_causal)
@@ -295,7 +296,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         """Where the tokens of the batch are, if they are to go through the layers alone."""
         if not self.enable_nested_tensor or key_padding_mask is None or key_padding_mask.dtype != torch.bool:
             return None
-        if (mask is not None and not is_causal) or src.dim() != 3 or torch.compiler.is_compiling():
+        if (mask is not None and not is_causal) or src.dim() != 3 or not readable(key_padding_mask):
             return None
         if not all(isinstance(layer, TransformerEncoderLayer) and layer.packs() for layer in self.layers):
             return None
@@ -313,6 +314,6 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         return x
 
 
-def causal_hint(is_causal: bool | None) -> bool | None:
-    """The hint, or None where the mask's values have to be looked at, which a compiled graph cannot do."""
-    return False if is_causal is None and torch.compiler.is_compiling() else is_causal
+def causal_hint(is_causal: bool | None, mask: Tensor | None) -> bool | None:
+    """The hint, or None where the mask's values have to be looked at: where they cannot be, it is used as it is."""
+    return False if is_causal is None and mask is not None and not readable(mask) else is_causal

@@ -47,6 +47,11 @@ class Packing:
         return len(self.indices) / rows if rows else 1.0
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether a tensor's values may decide what is computed: not in a trace, and not where there are none."""
+    return type(tensor) is Tensor and not tensor.is_meta and not torch.compiler.is_compiling()
+
+
 def unpad(x: Tensor, key_padding_mask: Tensor, batch_first: bool = True) -> tuple[Tensor, Packing]:
     """The tokens (T, ...) of x (B, S, ...), or (S, B, ...) unless batch_first, that are not padding, and their places.
 
