@@ -132,8 +132,8 @@ def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
 def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool = True) -> Callable:
     """The callable that serves op(tensor, *args), or a part of it. record: whether that is a call, for `explain`.
 
-    Under a transform of torch.func that is the reference, whatever is asked for. Raises CannotRun if the backend asked
-    for cannot.
+    Under a transform of torch.func and in a torch.jit.trace that is the reference, whatever is asked for. Raises
+    CannotRun if the backend asked for cannot.
     """
     if transformed():
         return _composed(op, record, tensor, *args, part=part)
@@ -155,15 +155,17 @@ def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool 
     raise CannotRun("; ".join(refusals))
 
 
+_COMPOSED_UNDER = "under a transform of torch.func, forward-mode differentiation or torch.jit.trace"
+
+
 def _composed(op: Operator, record: bool, tensor: Tensor, *args, part: str) -> Callable:
     """What a transform can follow: the reference, composed of PyTorch's operators."""
     implementation = op.implementations["reference"]
     why = None if implementation.unfit is None else implementation.unfit(tensor, *args)
     if why is not None:
-        raise CannotRun(f"{op.name} cannot run under a transform of torch.func or forward-mode differentiation: {why}")
+        raise CannotRun(f"{op.name} cannot run {_COMPOSED_UNDER}: {why}")
     if _recording is not None and record:
-        reason = "composed of PyTorch's operators, for a transform of torch.func or forward-mode differentiation"
-        _record(op, "reference", reason, tensor, *args)
+        _record(op, "reference", f"composed of PyTorch's operators {_COMPOSED_UNDER}", tensor, *args)
     return getattr(implementation, part)
 
 

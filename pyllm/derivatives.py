@@ -13,8 +13,12 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """Whether torch.func or vmap transforms what runs now, or forward-mode differentiation is on."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether torch.func or vmap transforms what runs now, forward-mode differentiation is on, or torch.jit traces."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def beyond_kernels(*cotangents: Tensor | None) -> bool:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_parity import E, H, compare, pair
 
 import pyllm
-from pyllm.nn import DecoderLayer, EncoderLayer
+from pyllm.nn import DecoderLayer, EncoderLayer, KVCache, Rotary
 from pyllm.testing import assert_within_budget
 
 pytestmark = [
@@ -343,6 +344,49 @@ def test_what_recomputes_a_weight_trains(change, site):
         return y
 
     assert_within_budget("output", train(ours, x.dtype), train(theirs, torch.float64), train(theirs, x.dtype))
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, x):
+        return x.sin()
+
+
+class OwnPartial(partial):
+    def __call__(self, x):
+        return -super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    "activation", [Unhashable(), OwnPartial(nn.functional.gelu, approximate="tanh")], ids=["no hash", "partial"]
+)
+def test_other_callables_are_activations(activation):
+    compare(*pair("TransformerEncoderLayer", *LAYER, activation), *inputs("TransformerEncoderLayer"))
+
+
+class Faster(Rotary):
+    def forward(self, x, tables):
+        return super().forward(x, tuple(table.flip(-1) for table in tables))
+
+
+@pytest.mark.parametrize("change", ["hook", "subclass"])
+def test_generation_calls_a_changed_position(change):
+    """Token by token it gives what the whole sequence gives."""
+    layer = EncoderLayer(E, H, 40, dropout=0.0, position="rotary", causal=True).eval()
+    if change == "hook":
+        layer.self_attn.position.register_forward_hook(lambda module, args, out: 2 * out)
+    else:
+        layer.self_attn.position.__class__ = Faster
+    x, cache = torch.randn(2, 5, E), KVCache(1, 2, 8, H, E // H)
+    with torch.no_grad():
+        found = []
+        for part in x.split([3, 1, 1], 1):
+            found.append(layer(part, cache=cache, layer=0))
+            cache.advance(part.shape[1])
+        whole = layer(x)
+        truth = layer.double()(x.double())
+    assert_within_budget("output", torch.cat(found, 1), truth, whole)
 
 
 # --- packed stacks: what is the user's own sees a padded batch ---

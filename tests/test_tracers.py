@@ -198,13 +198,18 @@ FUNCTIONS = {
 }
 
 
+class Calling(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        return FUNCTIONS[self.name](x)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_fx_makes_nodes_of_functions(name):
-    class Calling(nn.Module):
-        def forward(self, x):
-            return FUNCTIONS[name](x)
-
-    traced, (x, _) = torch.fx.symbolic_trace(Calling()), inputs()
+    traced, (x, _) = torch.fx.symbolic_trace(Calling(name)), inputs()
     module, _, function = name.rpartition(".")
     target = getattr(ops if module else functional, function)
     assert target in [node.target for node in traced.graph.nodes if node.op == "call_function"]
@@ -242,6 +247,20 @@ def test_a_jit_trace_is_torchs(name, recorded, training):
         traced = saved_and_loaded(torch.jit.trace(ours, inputs(), check_trace=False))
     x, index = inputs(batch=3)
     compare(Fixed(traced, index), Fixed(theirs, index), x)
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_jit_trace_of_functions(name, recorded, target):
+    """Of PyTorch's operators on every backend, with gradients; explain says so."""
+    backend, device = target
+    net, (x, _) = Calling(name), inputs()
+    with pyllm.use_backend(backend), torch.set_grad_enabled(recorded), recording() as calls:
+        traced = saved_and_loaded(torch.jit.trace(net, x.to(device), check_trace=False))
+    assert [call.backend for call in calls] == ["reference"]
+    assert "composed of PyTorch's operators under" in calls[0].reason and "torch.jit.trace" in calls[0].reason
+    with pyllm.use_backend("reference"):
+        compare(traced, net, x.to(device))
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["grad", "no_grad"])
@@ -288,3 +307,19 @@ def test_scripting_shares_parameters():
 def test_scripting_own_modules_is_refused(name):
     with pytest.raises(NotImplementedError, match=f"{name} is not for torch.jit.script: use torch.export or"):
         torch.jit.script(nn.Sequential(OWN[name]()))
+
+
+class Inheriting(pyllm.nn.LayerNorm):
+    pass
+
+
+class OwnForward(pyllm.nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * torch.nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def test_scripting_subclasses():
+    with pytest.raises(NotImplementedError, match=r"Inheriting is not for torch\.jit\.script"):
+        torch.jit.script(nn.Sequential(Inheriting(E)))
+    norm, (x, _) = OwnForward(E), inputs()
+    assert torch.equal(torch.jit.script(norm)(x), norm(x))

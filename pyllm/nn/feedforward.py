@@ -19,8 +19,8 @@ from pyllm.ops.activation import ACTIVATION
 from pyllm.reference import GATED
 
 KINDS = ("relu", "gelu", "gelu_tanh", "silu", *GATED)
-_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
-_GELUS = {(F.gelu, "none"): "gelu", (F.gelu, "tanh"): "gelu_tanh"}  # functions with their argument bound
+_FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
+_APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}
 _MODULES = {torch.nn.ReLU: "relu", torch.nn.GELU: "gelu", torch.nn.SiLU: "silu"}
 
 
@@ -28,10 +28,10 @@ def kind_of(activation: Callable[[Tensor], Tensor] | str) -> str | None:
     """The kind, as `pyllm.ops.activation` has it, of one of torch's functions or modules; None for another callable."""
     if isinstance(activation, str):
         return activation
-    if isinstance(activation, partial) and not activation.args and activation.keywords.keys() == {"approximate"}:
-        return _GELUS.get((activation.func, activation.keywords["approximate"]))
-    if not isinstance(activation, Module):
-        return _FUNCTIONS.get(activation)
+    if type(activation) is partial and activation.func is F.gelu and activation.keywords.keys() == {"approximate"}:
+        return None if activation.args else _APPROXIMATE.get(activation.keywords["approximate"])
+    if not isinstance(activation, Module):  # and perhaps without a hash
+        return next((kind for function, kind in _FUNCTIONS if function is activation), None)
     kind = _MODULES.get(type(activation)) if is_plain(activation, type(activation)) else None
     return "gelu_tanh" if kind == "gelu" and activation.approximate == "tanh" else kind
 

@@ -82,12 +82,11 @@ def in_one_precision(
 
 def by_hand(*tensors: Tensor | None) -> bool:
     """Whether a Function of this package takes the place of autograd's own: a compiler has a memory plan itself, a
-    trace is to be saved, torch.func's transforms have rules for PyTorch's operators alone, and tensors of other classes
-    (quantised, distributed) have products of their own."""
+    transform or a trace has rules for PyTorch's operators alone, and tensors of other classes (quantised, distributed)
+    have products of their own."""
     return (
         needs_grad(*tensors)
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
         and not transformed()
         and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     )

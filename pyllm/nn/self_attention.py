@@ -181,10 +181,14 @@ class SelfAttention(_Attention):
         rotary = slopes = None
         interleaved = False
         if isinstance(self.position, Rotary):
-            interleaved = self.position.interleaved
             shared = type(self.position) is Rotary  # another class may have tables of its own
             every = ("rotary", self.position.dim, self.position.base) if shared else self.position
-            rotary = cache.kept(every, lambda: self._tables(torch.arange(cache.slots, device=query.device), query))
+            tables = cache.kept(every, lambda: self._tables(torch.arange(cache.slots, device=query.device), query))
+            if is_plain(self.position, Rotary):
+                rotary, interleaved = tables, self.position.interleaved
+            else:
+                new = cache.positions(query.shape[2])
+                query, key = (self.position(t, tuple(table[new] for table in tables)) for t in (query, key))
         if self.alibi:
             slopes = cache.kept(("alibi", self.heads), lambda: alibi_slopes(self.heads, query.device))
         return ops.attention_decode(

@@ -8,7 +8,6 @@ import torch
 from torch.fx import _symbolic_trace
 from torch.nn import Module
 
-from pyllm.backend import use_backend
 from pyllm.nn.plain import is_plain, stands_for
 
 _drop_ins: dict[type[Module], type[Module]] = {}
@@ -38,6 +37,8 @@ def drop_in(cls: type[Module]) -> type[Module]:
 
     def __prepare_scriptable__(self):
         if type(self) is not cls:
+            if type(self).forward is forward:
+                _refuse(type(self))
             return self
         same = _torchs(self, {})
         _kept[same] = self  # scripting knows modules by their id, also those that it lets go
@@ -62,27 +63,28 @@ def _torchs(module: Module, made: dict[Module, Module]) -> Module:
 def leaf(cls: type[Module]) -> type[Module]:
     """Class decorator of a module of pyllm's own: torch.fx.symbolic_trace makes one node of it.
 
-    torch.jit.trace records PyTorch's operators, which have gradients and can be saved; torch.jit.script is refused.
+    torch.jit.script refuses it.
     """
     ours = cls.forward
 
     @wraps(ours)
     def forward(self, *args, **kwargs):
         if _asks(Module, written):
-            if torch._C._get_tracing_state() is not None:
-                with use_backend("reference"):
-                    return ours(self, *args, **kwargs)
             node = _node(self, cls, args, kwargs)
             if node is not None:
                 return node
         return ours(self, *args, **kwargs)
 
     def __prepare_scriptable__(self):
-        raise NotImplementedError(f"{cls.__name__} is not for torch.jit.script: use torch.export or torch.compile")
+        _refuse(cls)
 
     cls.forward, cls.__prepare_scriptable__ = forward, __prepare_scriptable__
     written = stands_for(cls, Module)
     return cls
+
+
+def _refuse(cls: type[Module]) -> None:
+    raise NotImplementedError(f"{cls.__name__} is not for torch.jit.script: use torch.export or torch.compile")
 
 
 def _asks(theirs: type[Module], written: object) -> bool:
