@@ -51,6 +51,8 @@ def test_a_composition_of_torchs_kernels_is_told_from_one():
     with pyllm.use_backend("torch"):
         calls = pyllm.explain(lambda: (ops.softmax(x), ops.softmax(x, scale=0.5), ops.log_softmax(x, is_causal=True)))
     assert [choice.fused for choice in calls] == [True, False, False]
+    cells = [line.split("│")[6].strip() for line in str(calls).splitlines() if "softmax" in line]
+    assert cells == ["torch", "torch (not fused)", "torch (not fused)"]
 
 
 def test_strict_wants_fused_kernels():
