@@ -49,9 +49,10 @@ def rms_norm(
 ) -> Tensor:
     """torch.nn.functional.rms_norm; shapes as in `layer_norm`.
 
-    eps=None is the machine epsilon of float32, or of float64 for float64. The result has input's dtype.
+    eps=None is the machine epsilon of float32, or of float64 for float64. The result has input's dtype. An image with
+    its channels last goes to torch's own function, which keeps that layout.
     """
-    if not _fits_norm(input, normalized_shape, weight):
+    if not _fits_norm(input, normalized_shape, weight) or _channels_last(input):
         return F.rms_norm(input, normalized_shape, weight, eps)
     if weight is not None and weight.dtype != input.dtype:
         statistics = statistics_type(input)
@@ -69,6 +70,12 @@ def _fits_norm(input: Tensor, normalized_shape: Sequence[int], *parameters: Tens
     if not (_dense(input) and shape and input.shape[-len(shape) :] == shape):
         return False
     return all(p is None or (_dense(p) and p.shape == shape and p.device == input.device) for p in parameters)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether x (N, C, H, W) or (N, C, D, H, W) is stored with its channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.dim() in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()])
 
 
 def _one_precision(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -158,13 +165,15 @@ def scaled_dot_product_attention(
 
     Shapes: query (*, H, L, E), key (*, Hkv, S, E), value (*, Hkv, S, Ev), any number of leading dimensions, which
     broadcast; Hkv may be a divisor of H with enable_gqa. attn_mask broadcasts to (*, H, L, S): bool (True = take
-    part) or float (added); with is_causal both apply, where torch may refuse. Returns (*, H, L, Ev).
+    part) or float (added); with is_causal both apply, where torch may refuse. Returns (*, H, L, Ev), in memory as query
+    is: a copy of the operator's result unless the heads of a token lie beside each other.
     """
     sizes = _sizes(query, key, value, attn_mask, enable_gqa) if 0.0 <= dropout_p <= 1.0 else None
     if sizes is None:
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     *batch, heads, _, _ = sizes
+    together = query.dim() > 2 and 0 < query.stride(-3) < query.stride(-2)
     shape = (*query.shape[:-1], value.shape[-1]) if query.dim() == key.dim() == value.dim() == 2 else None
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
@@ -178,7 +187,8 @@ def scaled_dot_product_attention(
     options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "dropout_p": dropout_p}
     out = ops.attention(query, key, value, **options)
     out = out if width == out.shape[-1] else out[..., :width]
-    return out if shape is None else out.reshape(shape)
+    out = out if shape is None else out.reshape(shape)
+    return out if together else out.contiguous()
 
 
 def _sizes(query, key, value, attn_mask, enable_gqa: bool) -> tuple[int, ...] | None:

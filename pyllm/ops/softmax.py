@@ -129,20 +129,18 @@ def _composed_log_softmax_bwd(dy: Tensor, y: Tensor, scale: float) -> Tensor:
     return scale * torch.where(kept, dy - y.exp() * dy.sum(-1, keepdim=True), 0.0)
 
 
-def _composed(function: Callable) -> Callable:
-    """A function of the last dimension as an implementation, over any."""
-
+def _reference(function: Callable) -> Implementation:
     def run(x, attn_mask, scale, is_causal, dim):
         return _over(dim, function, x, attn_mask, scale, is_causal)
 
-    return run
+    return Implementation(run, fused=False)
 
 
 def _on_torch(function) -> Implementation:
-    def rows(x, attn_mask, scale, is_causal):
+    def run(x, attn_mask, scale, is_causal, dim):
         x = x if scale == 1.0 else x * scale
         if not is_causal:
-            return function(x, -1)
+            return function(x, dim)
         removed = ~reference.band(*x.shape[-2:], -1, 0, False, x.device)
         y = function(x.masked_fill(removed, -torch.inf), -1)
         # Filled once more, so that a gradient that comes in there stays out of log_softmax's sum.
@@ -154,19 +152,19 @@ def _on_torch(function) -> Implementation:
     def fused(x, attn_mask, scale, is_causal, dim):
         return scale == 1.0 and not is_causal
 
-    return Implementation(_composed(rows), unfit, fused)
+    return Implementation(run, unfit, fused)
 
 
 SOFTMAX = Operator(
     "softmax",
     on_kernels(_on(_composed_softmax_bwd), softmax_fwd, softmax_bwd)
-    | {"torch": _on_torch(torch.softmax), "reference": Implementation(_composed(reference.softmax), fused=False)},
+    | {"torch": _on_torch(torch.softmax), "reference": _reference(reference.softmax)},
 )
 LOG_SOFTMAX = Operator(
     "log_softmax",
     on_kernels(_on(_composed_log_softmax_bwd), log_softmax_fwd, log_softmax_bwd)
     | {
         "torch": _on_torch(torch.log_softmax),
-        "reference": Implementation(_composed(reference.log_softmax), fused=False),
+        "reference": _reference(reference.log_softmax),
     },
 )
