@@ -22,9 +22,8 @@ class OperatorCase:
     """call(**inputs) calls the operator `op`, on leaves of normal random numbers that require a gradient.
 
     shapes: theirs, with a letter for each size; sizes: what these are. made: further inputs, without a gradient, as
-    functions of (sizes, dtype, device). seeded: it draws dropout's bits. rows: the inputs that may all be split along
-    their first dimension into calls of their own. together: letters of which none can be 0 alone; fixed: those that
-    cannot be 0.
+    functions of (sizes, dtype, device). seeded: it draws dropout's bits. together: letters of which none can be 0
+    alone; fixed: those that cannot be 0.
     """
 
     name: str
@@ -34,7 +33,6 @@ class OperatorCase:
     sizes: Sizes
     made: dict[str, Make] = field(default_factory=dict)
     seeded: bool = False
-    rows: tuple[str, ...] = ()
     together: str = ""
     fixed: str = ""
 
@@ -109,7 +107,6 @@ def _merged(a: Tensor, b: Tensor, lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor,
 
 _ROWS = {"m": 4, "n": 5}
 _WEIGHTED = {"x": "mn", "weight": "n"}
-_BOTH = ("x", "residual")
 _HEADS = {"query": "bhqd", "key": "bgkd", "value": "bgkd"}
 _HEADS_SIZES = {"b": 2, "h": 2, "g": 1, "q": 3, "k": 5, "d": 4}
 _ROTARY = {"b": 2, "h": 2, "q": 3, "d": 6, "r": 2}
@@ -117,26 +114,21 @@ _LOGITS = {"m": 4, "v": 5}
 _ALL_TERMS = {"label_smoothing": 0.1, "z_loss": 0.1}
 
 CASES = (
-    OperatorCase("layer_norm", "layer_norm", ops.layer_norm, _WEIGHTED | {"bias": "n"}, _ROWS, rows=("x",)),
-    OperatorCase("rms_norm", "rms_norm", ops.rms_norm, _WEIGHTED, _ROWS, rows=("x",)),
+    OperatorCase("layer_norm", "layer_norm", ops.layer_norm, _WEIGHTED | {"bias": "n"}, _ROWS),
+    OperatorCase("rms_norm", "rms_norm", ops.rms_norm, _WEIGHTED, _ROWS),
     *(
-        OperatorCase(f"{op}{how}", op, call, _WEIGHTED | shapes | {"residual": "mn"}, _ROWS, seeded=p > 0.0, rows=rows)
+        OperatorCase(f"{op}{how}", op, call, _WEIGHTED | shapes | {"residual": "mn"}, _ROWS, seeded=p > 0.0)
         for op, bias in (("add_layer_norm", {"bias": "n"}), ("add_rms_norm", {}))
-        for how, p, shapes, rows in (("", 0.0, bias, _BOTH), (" dropout", 0.3, bias | {"x_bias": "n"}, ()))
+        for how, p, shapes in (("", 0.0, bias), (" dropout", 0.3, bias | {"x_bias": "n"}))
         for call in (partial(getattr(ops, op), dropout_p=p),)
     ),
-    OperatorCase("softmax", "softmax", partial(ops.softmax, scale=0.7), {"x": "mn"}, _ROWS, rows=("x",)),
-    OperatorCase(
-        "softmax causal", "softmax", partial(ops.softmax, is_causal=True), {"x": "bmn"}, _ROWS | {"b": 2}, rows=("x",)
-    ),
+    OperatorCase("softmax", "softmax", partial(ops.softmax, scale=0.7), {"x": "mn"}, _ROWS),
+    OperatorCase("softmax causal", "softmax", partial(ops.softmax, is_causal=True), {"x": "bmn"}, _ROWS | {"b": 2}),
     OperatorCase("softmax mask", "softmax", ops.softmax, {"x": "mn", "attn_mask": "n"}, _ROWS),
-    OperatorCase("softmax rows", "softmax", partial(ops.softmax, dim=-2), {"x": "bmn"}, _ROWS | {"b": 2}, rows=("x",)),
-    OperatorCase("log_softmax", "log_softmax", partial(ops.log_softmax, scale=0.7), {"x": "mn"}, _ROWS, rows=("x",)),
+    OperatorCase("softmax rows", "softmax", partial(ops.softmax, dim=-2), {"x": "bmn"}, _ROWS | {"b": 2}),
+    OperatorCase("log_softmax", "log_softmax", partial(ops.log_softmax, scale=0.7), {"x": "mn"}, _ROWS),
     OperatorCase("log_softmax mask", "log_softmax", ops.log_softmax, {"x": "mn", "attn_mask": "n"}, _ROWS),
-    *(
-        OperatorCase(op, op, getattr(ops, op), {"x": "mn", "bias": "n"}, _ROWS, rows=("x",))
-        for op in ("gelu", "relu", "silu")
-    ),
+    *(OperatorCase(op, op, getattr(ops, op), {"x": "mn", "bias": "n"}, _ROWS) for op in ("gelu", "relu", "silu")),
     OperatorCase(
         "gelu tanh dropout",
         "gelu",
@@ -146,10 +138,10 @@ CASES = (
         seeded=True,
     ),
     *(
-        OperatorCase(op, op, getattr(ops, op), {"gate": "mn", "bias": "n"}, {"m": 4, "n": 6}, rows=("gate",))
+        OperatorCase(op, op, getattr(ops, op), {"gate": "mn", "bias": "n"}, {"m": 4, "n": 6})
         for op in ("swiglu", "geglu", "reglu")
     ),
-    OperatorCase("swiglu apart", "swiglu", ops.swiglu, {"gate": "mn", "up": "mn"}, _ROWS, rows=("gate", "up")),
+    OperatorCase("swiglu apart", "swiglu", ops.swiglu, {"gate": "mn", "up": "mn"}, _ROWS),
     OperatorCase("dropout_add", "dropout_add", ops.dropout_add, {"x": "mn", "residual": "mn", "bias": "n"}, _ROWS),
     OperatorCase(
         "dropout_add dropout",
@@ -165,7 +157,6 @@ CASES = (
         ops.rotary,
         {"x": "bhqd", "cos": "qr", "sin": "qr"},
         _ROTARY,
-        rows=("x",),
         together="dr",
     ),
     OperatorCase(
@@ -195,7 +186,6 @@ CASES = (
         partial(ops.attention, is_causal=True),
         _HEADS,
         _HEADS_SIZES,
-        rows=tuple(_HEADS),
         together="hg",
     ),
     OperatorCase(

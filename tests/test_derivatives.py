@@ -8,6 +8,7 @@ import torch
 from conftest import TARGETS
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._pytree import tree_map
 
 import pyllm
 from pyllm import ops
@@ -160,30 +161,27 @@ def test_vectorised_hessians(target, case):
 
 
 @composed_targets
-@pytest.mark.parametrize("case", [c for c in CASES if c.rows], ids=lambda case: case.name.replace(" ", "-"))
-def test_vmap_is_a_loop(target, case):
-    """Values and per-sample gradients, with the batch in any dimension."""
+@pytest.mark.parametrize("which", ["all", "first"])
+@every_case
+def test_vmap_is_a_loop(target, case, which):
+    """Values, and gradients for each sample, with the same dropout: of all inputs in a batch, and of one."""
     backend, device = target
-    inputs = {name: t.detach() for name, t in case.inputs(torch.float64, device).items()}
-    others = {name: t for name, t in inputs.items() if name not in case.rows}
-    whole = {name: torch.stack([inputs[name], inputs[name] * 2, -inputs[name]], -1) for name in case.rows}
-    names = list(case.rows)
+    function, inputs = fp64(case, device)
+    inputs = tuple(t.detach() for t in inputs)
+    batched = len(inputs) if which == "all" else 1
+    stacked = [torch.stack([t, t * 2, -t]) if i < batched else t for i, t in enumerate(inputs)]
+    in_dims = tuple(0 if i < batched else None for i in range(len(inputs)))
 
-    def call(*rows):
-        return case.call(**dict(zip(names, rows, strict=True)), **others)
+    def loss(*tensors):
+        return sum(o.square().sum() for o in finite(function)(*tensors))
 
-    def loss(*rows):
-        outputs = call(*rows)
-        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        return sum(o.square().sum() for o in outputs)
-
-    every = tuple(range(len(names)))
     with use_backend(backend):
-        for function in (call, grad(loss, every)):
-            batched = vmap(function, in_dims=-1)(*whole.values())
-            singles = [function(*(t[..., i] for t in whole.values())) for i in range(3)]
-            expected = torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *singles)
-            torch.testing.assert_close(batched, expected)
+        for call in (function, grad(loss, tuple(range(len(inputs))))):
+            together = vmap(call, in_dims=in_dims, randomness="same")(*stacked)
+            singles = [
+                call(*(t if dim is None else t[i] for t, dim in zip(stacked, in_dims, strict=True))) for i in range(3)
+            ]
+            torch.testing.assert_close(together, tree_map(lambda *parts: torch.stack(parts), *singles))
 
 
 @every_target
