@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from block_case import DEFAULT, OPTIONS, PARALLEL, SERVING, SIZES, B, E, everywhere, on
+from block_case import DEFAULT, OPTIONS, PARALLEL, SIZES, B, E, everywhere, on
+from conftest import WITHOUT_TORCH
 from torch import Tensor
 
 import pyllm
@@ -103,7 +104,7 @@ def test_a_target_among_no_classes_is_torchs_error():
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_scaled_dot_product_attention(target, masked: bool, query: tuple, key: tuple, value: tuple):
     def make(nn):
         function = (F if nn is torch.nn else PF).scaled_dot_product_attention
@@ -119,7 +120,7 @@ LENGTHS = list(itertools.product((1, 0), (2, 0), (3, 0)))[1:]  # batch, queries,
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("sizes", LENGTHS, ids=str)
-@pytest.mark.parametrize("target", SERVING)
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_multihead_attention(target, sizes: tuple, batch_first: bool):
     batch, queries, keys = sizes
 

@@ -248,10 +248,13 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     enable_nested_tensor lets a batch with src_key_padding_mask go through the layers as its tokens alone, as torch's
     does in inference: then padded positions hold 0 before the final norm. What differs: in training too, where torch's
     holds what the layers compute there; wherever more than a tenth of the batch is padding, and no mask but the causal
-    one is given; no NestedTensor is made. On a GPU this waits once for the number of tokens. Under torch.compile and
+    one is given; no NestedTensor is made. With enable_nested_tensor=False, or the attribute pack set to False, padded
+    positions hold torch's values everywhere. On a GPU this waits once for the number of tokens. Under torch.compile and
     without data (meta and fake tensors) batches stay padded, and a mask is used as it is, without a look whether it is
     causal.
     """
+
+    pack = True
 
     def __init__(
         self,
@@ -294,7 +297,11 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     def _packing(self, src: Tensor, mask, key_padding_mask: Tensor | None, is_causal: bool) -> Packing | None:
         """Where the tokens of the batch are, if they are to go through the layers alone."""
-        if not self.enable_nested_tensor or key_padding_mask is None or key_padding_mask.dtype != torch.bool:
+        if (
+            not (self.enable_nested_tensor and self.pack)
+            or key_padding_mask is None
+            or key_padding_mask.dtype != torch.bool
+        ):
             return None
         if (mask is not None and not is_causal) or src.dim() != 3 or not readable(key_padding_mask):
             return None
