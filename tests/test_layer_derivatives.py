@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -189,3 +190,31 @@ def test_dropout_is_the_same_under_a_transform():
     torch.manual_seed(1)
     value, _ = jvp(block, (x,), (v,))
     torch.testing.assert_close(value, plain)
+
+
+def test_a_padded_batch_is_not_packed_under_a_transform():
+    """How many tokens there are is a value, which a batched tensor does not have."""
+    encoder = pyllm.nn.TransformerEncoder(pyllm.nn.TransformerEncoderLayer(E, 2, **ENCODER), 2).double()
+    x, v = (torch.randn(3, 2, L, E, dtype=torch.float64) for _ in range(2))
+    padding = torch.arange(L) >= torch.tensor([[L, 2], [3, 3], [1, 4]])[..., None]
+    with encoder.padded():
+        expected = torch.stack([encoder(a, src_key_padding_mask=p) for a, p in zip(x, padding, strict=True)])
+    batched = vmap(lambda a, p: encoder(a, src_key_padding_mask=p))(x, padding)
+    torch.testing.assert_close(batched, expected)
+    value, tangent = jvp(lambda a: encoder(a, src_key_padding_mask=padding[0]), (x[0],), (v[0],))
+    torch.testing.assert_close(value, expected[0])
+    assert tangent.all()
+
+
+def test_packed_batches():
+    """Second derivatives, tangents and batched gradients through unpad, a block on the tokens, and pad."""
+    block = EncoderLayer(E, 2, 16, dropout=0.0).double()
+    x = torch.randn(2, L, E, dtype=torch.float64, requires_grad=True)
+    padding = torch.arange(L) >= torch.tensor([[3], [L]])
+
+    def call(x):
+        tokens, packing = pyllm.nn.unpad(x, padding)
+        return pyllm.nn.pad(block(tokens, packing=packing), packing)
+
+    assert gradcheck(call, x, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+    assert gradgradcheck(call, x, fast_mode=True)
