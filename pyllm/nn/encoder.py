@@ -248,9 +248,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     enable_nested_tensor lets a batch with src_key_padding_mask go through the layers as its tokens alone, as torch's
     does in inference: then padded positions hold 0 before the final norm. What differs: in training too, where torch's
     holds what the layers compute there; wherever more than a tenth of the batch is padding, and no mask but the causal
-    one is given; no NestedTensor is made. On a GPU this waits once for the number of tokens. Under torch.compile and
-    without data (meta and fake tensors) batches stay padded, and a mask is used as it is, without a look whether it is
-    causal.
+    one is given; no NestedTensor is made. Where a layer has parts of the user's own, or hooks look at it, batches stay
+    padded. On a GPU this waits once for the number of tokens. Under torch.compile and without data (meta and fake
+    tensors) batches stay padded, and a mask is used as it is, without a look whether it is causal.
     """
 
     def __init__(
