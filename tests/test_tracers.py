@@ -301,6 +301,8 @@ def test_scripting_shares_parameters():
     with torch.no_grad():
         norm.weight.mul_(3)
     assert torch.equal(scripted(x), torch.nn.functional.layer_norm(model[0](x), (E,), norm.weight, norm.bias))
+    assert type(model[1]) is nn.LayerNorm and model[1].weight is norm.weight
+    assert pyllm.patch(model).replaced == {"1": "LayerNorm"}
 
 
 @pytest.mark.parametrize("name", OWN)

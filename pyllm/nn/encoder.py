@@ -249,9 +249,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     does in inference: then padded positions hold 0 before the final norm. What differs: in training too, where torch's
     holds what the layers compute there; wherever more than a tenth of the batch is padding, and no mask but the causal
     one is given; no NestedTensor is made. With enable_nested_tensor=False, or the attribute pack set to False, padded
-    positions hold torch's values everywhere. On a GPU this waits once for the number of tokens. Under torch.compile and
-    without data (meta and fake tensors) batches stay padded, and a mask is used as it is, without a look whether it is
-    causal.
+    positions hold torch's values everywhere. Where a layer has parts of the user's own, or hooks look at it, batches
+    stay padded. On a GPU this waits once for the number of tokens. Under torch.compile, torch.func and without data
+    (meta and fake tensors) batches stay padded, and a mask is used as it is, without a look whether it is causal.
     """
 
     pack = True
