@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,3 +250,42 @@ def test_what_decoding_cannot_differentiate_raises(target):
     for learned in ({"relative_bias": ops.RelativeBias(table)}, {"rotary": (angles, angles)}):
         with use_backend(backend), pytest.raises(RuntimeError, match="it has no gradient"):
             ops.attention_decode(torch.randn(1, 1, 1, 8, device=device), *caches, lengths, **new, **learned)
+
+
+@composed_targets
+def test_decoding_forward_and_batched(target):
+    """Which has no backward."""
+    backend, device = target
+    (case,) = (c for c in CASES if c.op == "attention_decode")
+    inputs = case.inputs(torch.float64, device)
+    inputs["key_cache"], inputs["value_cache"] = (torch.randn_like(inputs[n]) for n in ("key_cache", "value_cache"))
+
+    def call(query, key, value, key_cache, value_cache):
+        caches = {"key_cache": key_cache.clone(), "value_cache": value_cache.clone()}
+        return case.call(**inputs | {"query": query, "key": key, "value": value} | caches)
+
+    names = ("query", "key", "value", "key_cache", "value_cache")
+    tensors = tuple(inputs[name] for name in names)
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    step = 1e-6
+    with use_backend(backend):
+        ahead, behind = (call(*(t + s * v for t, v in zip(tensors, tangents, strict=True))) for s in (step, -step))
+        numerical = [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+        torch.testing.assert_close(list(jvp(call, tensors, tangents)[1]), numerical, rtol=1e-6, atol=1e-8)
+        stacked = [torch.stack([t, 2 * t]) for t in tensors]
+        singles = [call(*(t[i] for t in stacked)) for i in range(2)]
+        torch.testing.assert_close(vmap(call)(*stacked), tuple(map(torch.stack, zip(*singles, strict=True))))
+        with pytest.raises(RuntimeError, match="it has no gradient"):
+            grad(lambda *t: call(*t)[0].sum())(*tensors)
+
+
+def test_the_table_in_the_docs():
+    """Its columns are those of the tests above, which run on every backend."""
+    columns = {"forward": True, "reverse": False, "second": False, "vmap": True, "batched": False}  # without a backward
+    rows = []
+    for name in sorted({case.op for case in CASES}):
+        has_backward = any(case.op == name for case in DIFFERENTIABLE)
+        cells = ("yes" if has_backward or without else "raises" for without in columns.values())
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    text = (Path(__file__).parent.parent / "docs" / "transforms.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("| `")] == rows
