@@ -393,8 +393,8 @@ def _decode_one(call: DecodeCall, index: int, length: int) -> tuple[Tensor, Tens
             pages, slots = call.block_table[index].cpu().long()[places // size], places % size
         if added is not None:
             rows = added if cache is call.key_cache else added[index : index + 1]
-            cache[pages[length:], :, slots[length:]] = rows[0].transpose(0, 1)
-        caches.append(cache[pages, :, slots].transpose(0, 1)[None])
+            cache[pages[length:, None], heads, slots[length:, None]] = rows[0].transpose(0, 1)
+        caches.append(cache[pages[:, None], heads, slots[:, None]].transpose(0, 1)[None])
     slopes = call.alibi_slopes
     slopes = slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1]
     options = (None, call.scale, call.softcap, 0.0, call.left, call.right, True)
