@@ -55,6 +55,11 @@ def _value(h, s, ACT: tl.constexpr):
 
 
 @triton.jit
+def _derivative(h, s, slope, ACT: tl.constexpr):
+    return s if ACT == "relu" else s + h * slope  # an infinite h times a slope of 0 would be NaN
+
+
+@triton.jit
 def _loaded(p_x, p_bias, o_tile, o_cols, m_tile, m_cols, COMPUTE: tl.constexpr):
     """x + bias of a block [BLOCK_M, BLOCK_N]."""
     h = tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
@@ -142,7 +147,7 @@ def activation_bwd_kernel(
             tl.store(p_dup + o_gradient, rounded(dup, p_dup.dtype.element_ty), mask=m_tile)
             dup_bias += dup
             g *= up
-        dx = g * (s + h * slope)
+        dx = g * _derivative(h, s, slope, ACT)
         tl.store(p_dx + o_gradient, rounded(dx, p_dx.dtype.element_ty), mask=m_tile)
         dbias += dx  # rows outside have g = 0
     if p_dbias is not None:

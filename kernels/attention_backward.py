@@ -19,6 +19,7 @@ from pyllm.kernels.attention_common import (
     place,
     reach,
     scores,
+    seen,
     store_rows,
 )
 from pyllm.kernels.philox import keep_mask
@@ -72,7 +73,7 @@ def _gradients(
 ):
     """Of a tile [BLOCK_M, BLOCK_N]: the weights after dropout, not yet scaled up, the scores' gradient, and q.k's.
 
-    The last is still to be multiplied by scale.
+    The last is still to be multiplied by scale. Then b_q, b_dout and b_k, 0 where they have no part in the tile.
     """
     BLOCK_M: tl.constexpr = b_q.shape[0]
     BLOCK_N: tl.constexpr = b_k.shape[0]
@@ -90,7 +91,12 @@ def _gradients(
         p = tl.where(keep, p, 0.0)
     else:
         ds = p * (dp - b_delta[:, None])
-    return p, ds, ds * (1 - bent * bent) if SOFTCAP else ds
+    dqk = ds * (1 - bent * bent) if SOFTCAP else ds
+    if BOUNDARY or (features.mask is not None) or (features.padding is not None):  # dp and bent may be NaN there
+        ds = tl.where(s == -INF, 0.0, ds)
+        dqk = tl.where(s == -INF, 0.0, dqk)
+        b_q, b_dout, b_k = seen(b_q, s, 1), seen(b_dout, s, 1), seen(b_k, s, 0)
+    return p, ds, dqk, b_q, b_dout, b_k
 
 
 @triton.jit
@@ -159,7 +165,7 @@ def _collect(
     for first_m in range(start, end, BLOCK_M):
         b_q = load_rows(p_q, call.q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY, TMA)
         b_dout = load_rows(p_dout, given.dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY, TMA)
-        p, ds, dqk = _gradients(
+        p, ds, dqk, b_q, b_dout, b_seen = _gradients(
             b_q,
             b_k,
             b_v,
@@ -187,7 +193,7 @@ def _collect(
             o_d = tl.arange(0, BLOCK_D)
             p_tile = at(dq, head, head.h, head.row_q) + o_m.to(tl.int64)[:, None] * dq.row + o_d[None, :]
             m_tile = (o_m < head.Sq)[:, None] & (o_d < D)[None, :]
-            b_dq = dot(dqk, b_k) * (scales[0] * scales[1] if SOFTCAP else scales[0])
+            b_dq = dot(dqk, b_seen) * (scales[0] * scales[1] if SOFTCAP else scales[0])
             tl.atomic_add(p_tile, b_dq, mask=m_tile, sem="relaxed")
     return dk, dv, before, after
 
@@ -319,7 +325,7 @@ def attention_bwd_query_kernel(
     for first_n in range(around[0], around[3], BLOCK_N):
         b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
         b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
-        dqk = _gradients(
+        _, _, dqk, _, _, b_k = _gradients(
             b_q,
             b_k,
             b_v,
@@ -333,7 +339,7 @@ def attention_bwd_query_kernel(
             NATURAL,
             SOFTCAP,
             True,
-        )[2]
+        )
         b_dq = dot(rounded(dqk, b_k.dtype), b_k, b_dq)
     b_dq *= scales[0] * scales[1] if SOFTCAP else scales[0]
     store_rows(at(dq, head, head.h, head.row_q), dq.row, b_dq, first_m, head.Sq, D)

@@ -431,17 +431,27 @@ def scores(
         mask = features.mask
         o_mask = o_m.to(tl.int64)[:, None] * mask.row + o_n.to(tl.int64)[None, :] * mask.col
         p_mask = mask.p + head.b * mask.batch + head.h * mask.head
-        b_mask = tl.load(p_mask + o_mask, mask=(o_m < head.Sq)[:, None] & (o_n < head.Sk)[None, :], other=0)
-        if b_mask.dtype == tl.int1:
-            s = tl.where(b_mask, s, -INF)
+        m_mask = (o_m < head.Sq)[:, None] & (o_n < head.Sk)[None, :]
+        if mask.p.dtype.element_ty == tl.int1:
+            s = tl.where(tl.load(p_mask + o_mask, mask=m_mask, other=0), s, -INF)
         else:
-            s += b_mask.to(s.dtype)
+            b_mask = tl.load(p_mask + o_mask, mask=m_mask, other=-INF).to(s.dtype)
+            s = tl.where(b_mask == -INF, -INF, s + b_mask)
     if features.padding is not None:
         padding = features.padding
         p_padding = padding.p + head.batch * padding.batch + (head.row_k + o_n) * padding.col
         b_padding = tl.load(p_padding, mask=o_n < head.Sk, other=1)
         s = tl.where(b_padding[None, :], -INF, s)
     if BOUNDARY:
-        s = tl.where((o_n < head.Sk)[None, :], s, -INF)
+        s = tl.where((o_m < head.Sq)[:, None] & (o_n < head.Sk)[None, :], s, -INF)
         s = within(s, distance, features.left, features.right)
     return s, bent
+
+
+@triton.jit
+def seen(b_x, s, AXIS: tl.constexpr):
+    """Rows of keys or values (AXIS 0) or queries (1), 0 where all of a row's scores s [BLOCK_M, BLOCK_N] are removed.
+
+    Their weights are 0, but a product with NaN is NaN.
+    """
+    return tl.where((tl.max((s != -INF).to(tl.int32), AXIS) == 1)[:, None], b_x, 0.0)

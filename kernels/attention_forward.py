@@ -17,6 +17,7 @@ from pyllm.kernels.attention_common import (
     place,
     reach,
     scores,
+    seen,
     store_rows,
 )
 from pyllm.kernels.philox import keep_mask
@@ -56,6 +57,8 @@ def _attend(
             keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
             p = tl.where(keep, p, 0.0)
         b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY, TMA)
+        if BOUNDARY or (features.mask is not None) or (features.padding is not None):
+            b_v = seen(b_v, s, 0)
         acc = dot(rounded(p, b_v.dtype), b_v, acc * shrink[:, None])
     return acc, total, peak
 
