@@ -55,8 +55,9 @@ def _value(h, s, ACT: tl.constexpr):
 
 
 @triton.jit
-def _derivative(h, s, slope, ACT: tl.constexpr):
-    return s if ACT == "relu" else s + h * slope  # an infinite h times a slope of 0 would be NaN
+def _gradient(g, h, s, slope, ACT: tl.constexpr):
+    """The gradient of h from that of the value, g; relu's is 0 whatever g is."""
+    return tl.where(h <= 0.0, 0.0, g) if ACT == "relu" else g * (s + h * slope)
 
 
 @triton.jit
@@ -147,7 +148,7 @@ def activation_bwd_kernel(
             tl.store(p_dup + o_gradient, rounded(dup, p_dup.dtype.element_ty), mask=m_tile)
             dup_bias += dup
             g *= up
-        dx = g * _derivative(h, s, slope, ACT)
+        dx = _gradient(g, h, s, slope, ACT)
         tl.store(p_dx + o_gradient, rounded(dx, p_dx.dtype.element_ty), mask=m_tile)
         dbias += dx  # rows outside have g = 0
     if p_dbias is not None:

@@ -38,10 +38,11 @@ inline Vec<C> value_of(Vec<C> h, Vec<C> s) {
   return h * s;
 }
 
+// The gradient of h from that of the value, g.
 template <Act act, class C>
-inline Vec<C> derivative_of(Vec<C> h, const Switch<C>& by) {
-  if constexpr (act == Act::relu) return by.s;  // an infinite h times a slope of 0 would be NaN
-  return h * by.slope + by.s;
+inline Vec<C> gradient_of(Vec<C> g, Vec<C> h, const Switch<C>& by) {
+  if constexpr (act == Act::relu) return h <= 0 ? Vec<C>{} : g;  // whatever g is, and an infinite h times a slope of 0
+  return g * (h * by.slope + by.s);
 }
 
 template <class T, Act act, bool gated>
@@ -100,7 +101,7 @@ void backward(const ActivationBackward& args, int64_t chunk) {
         write(dup + i, n + i, g * value_of<act, C>(h, by.s), count);
         g *= u;
       }
-      write(dgate + i, i, g * derivative_of<act, C>(h, by), count);
+      write(dgate + i, i, gradient_of<act, C>(g, h, by), count);
     });
     sums.end_row(row - begin, row + 1 == end);
   }

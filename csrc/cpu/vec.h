@@ -357,7 +357,7 @@ struct Normal {
 // The tail beyond a = |x| is exp(-a^2 / 2) times a polynomial in u = a / (a + 5), fitted to 2e-9 of 1 (the form is that
 // of Hastings, 1955): one exponential for both, and near 0, where u is small, no rounding error but the last ones.
 inline Normal<float> normal(Vec<float> x) {
-  Vec<float> a = x < 0.0f ? -x : x;
+  Vec<float> a = bit_cast<Vec<float>>(bit_cast<Vec<uint32_t>>(x) & 0x7FFFFFFF);
   a = a > 100.0f ? splat(100.0f) : a;  // an infinite one would make a NaN of u
   const Vec<float> u = a / (a + 5.0f);
   const Vec<float> power = exp(a * a * -0.5f);
