@@ -12,6 +12,7 @@ from pyllm.kernels.attention_common import (
     at,
     dot,
     head_of,
+    load_keys,
     load_rows,
     matrix,
     number,
@@ -19,6 +20,7 @@ from pyllm.kernels.attention_common import (
     place,
     reach,
     scores,
+    seen,
     store_rows,
 )
 from pyllm.kernels.philox import keep_mask
@@ -70,9 +72,9 @@ def _gradients(
     BOUNDARY: tl.constexpr,
     SWAP: tl.constexpr = False,
 ):
-    """Of a tile [BLOCK_M, BLOCK_N]: the weights after dropout, not yet scaled up, the scores' gradient, and q.k's.
+    """Of a tile [BLOCK_M, BLOCK_N]: weights after dropout, not yet scaled up, the scores' gradient, q.k's, and keys.
 
-    The last is still to be multiplied by scale.
+    The third is still to be multiplied by scale; the keys are b_k, 0 where attn_mask hides them from all of the tile.
     """
     BLOCK_M: tl.constexpr = b_q.shape[0]
     BLOCK_N: tl.constexpr = b_k.shape[0]
@@ -86,11 +88,21 @@ def _gradients(
     dp = outer(b_dout, b_v, SWAP)
     if features.p_rng is not None:
         keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
-        ds = p * (tl.where(keep, dp * head.kept_scale, 0.0) - b_delta[:, None])
+        dp = tl.where(keep, dp * head.kept_scale, 0.0)
+    dp -= b_delta[:, None]
+    if SOFTCAP:
+        bent = 1 - bent * bent
+    if BOUNDARY or (features.mask is not None) or (features.padding is not None):
+        dp = tl.where(p == 0.0, 0.0, dp)  # of what is not seen it may be NaN
+        if SOFTCAP:
+            bent = tl.where(p == 0.0, 0.0, bent)
+    ds = p * dp
+    if features.p_rng is not None:
         p = tl.where(keep, p, 0.0)
-    else:
-        ds = p * (dp - b_delta[:, None])
-    return p, ds, ds * (1 - bent * bent) if SOFTCAP else ds
+    dqk = ds * bent if SOFTCAP else ds
+    if features.mask is not None:
+        b_k = seen(b_k, s)
+    return p, ds, dqk, b_k
 
 
 @triton.jit
@@ -159,7 +171,7 @@ def _collect(
     for first_m in range(start, end, BLOCK_M):
         b_q = load_rows(p_q, call.q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY, TMA)
         b_dout = load_rows(p_dout, given.dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY, TMA)
-        p, ds, dqk = _gradients(
+        p, ds, dqk, b_seen = _gradients(
             b_q,
             b_k,
             b_v,
@@ -187,7 +199,7 @@ def _collect(
             o_d = tl.arange(0, BLOCK_D)
             p_tile = at(dq, head, head.h, head.row_q) + o_m.to(tl.int64)[:, None] * dq.row + o_d[None, :]
             m_tile = (o_m < head.Sq)[:, None] & (o_d < D)[None, :]
-            b_dq = dot(dqk, b_k) * (scales[0] * scales[1] if SOFTCAP else scales[0])
+            b_dq = dot(dqk, b_seen) * (scales[0] * scales[1] if SOFTCAP else scales[0])
             tl.atomic_add(p_tile, b_dq, mask=m_tile, sem="relaxed")
     return dk, dv, before, after
 
@@ -227,11 +239,11 @@ def attention_bwd_key_kernel(
         return
     first_n = tile * BLOCK_N
     common = head_of(b, kv_head, sizes, features, ACC, BOTTOM)
-    b_k = load_rows(
-        at(call.k, common, common.h, common.row_k), call.k.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True
+    b_k = load_keys(
+        at(call.k, common, common.h, common.row_k), call.k.row, first_n, common, features, D, BLOCK_N, BLOCK_D, True
     )
-    b_v = load_rows(
-        at(call.v, common, common.h, common.row_k), call.v.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True
+    b_v = load_keys(
+        at(call.v, common, common.h, common.row_k), call.v.row, first_n, common, features, D, BLOCK_N, BLOCK_D, True
     )
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
@@ -317,9 +329,9 @@ def attention_bwd_query_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     around = reach(first_m, head.Sq, head.Sk, features.left, features.right, head.shift, BLOCK_M, BLOCK_N)
     for first_n in range(around[0], around[3], BLOCK_N):
-        b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
-        b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
-        dqk = _gradients(
+        b_k = load_keys(p_k, call.k.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True, TMA)
+        b_v = load_keys(p_v, call.v.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True, TMA)
+        _, _, dqk, b_k = _gradients(
             b_q,
             b_k,
             b_v,
@@ -333,7 +345,7 @@ def attention_bwd_query_kernel(
             NATURAL,
             SOFTCAP,
             True,
-        )[2]
+        )
         b_dq = dot(rounded(dqk, b_k.dtype), b_k, b_dq)
     b_dq *= scales[0] * scales[1] if SOFTCAP else scales[0]
     store_rows(at(dq, head, head.h, head.row_q), dq.row, b_dq, first_m, head.Sq, D)
@@ -391,8 +403,8 @@ def attention_bwd_mask_kernel(
                 b_dout = load_rows(p_dout, given.dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
                 around = reach(first_m, head.Sq, head.Sk, features.left, features.right, head.shift, BLOCK_M, BLOCK_N)
                 for first_n in range(tl.maximum(around[0], begin_n), tl.minimum(around[3], stop_n), BLOCK_N):
-                    b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
-                    b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
+                    b_k = load_keys(p_k, call.k.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True)
+                    b_v = load_keys(p_v, call.v.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True)
                     ds = _gradients(
                         b_q,
                         b_k,

@@ -40,9 +40,12 @@ struct BackwardMemory {
 
   __device__ Shared<KeyBlock> key_block() const { return shared_memory<KeyBlock>(kTile.last_buffer(D), 1); }
 
-  __device__ void copy_keys(const Attention& call, const Sequence& s, int head, int tile) const {
+  // ignored: weights of 0 do not keep out NaN, so keys that no query sees are not copied.
+  __device__ void copy_keys(const Attention& call, const Sequence& s, int head, int tile, uint64_t ignored) const {
+    const uint64_t left_out = ignored | outside(keys_seen(call, s, 0, s.sq - 1), tile);
     const auto copy = [&](const Keys& to, const Heads& from) {
-      to.template copy_rows<kThreads>(from.at<const T>(s.batch, head, s.key + tile), from.row, s.sk - tile, call.dim);
+      to.template copy_rows<kThreads>(from.at<const T>(s.batch, head, s.key + tile), from.row, s.sk - tile, call.dim,
+                                      left_out);
     };
     copy(keys, call.key);
     copy(values, call.value);
@@ -179,6 +182,7 @@ __device__ inline void score_gradients(const AttentionBackward& args, const KeyB
     float &weight = tile.weights[0][n][2 * half + i], &gradient = tile.gradients[0][n][2 * half + i];
     const bool keep = !FULL || kept(n, half, i);
     gradient = weight * ((keep ? gradient * kept_factor : 0) - row.delta);
+    if ((FULL || cut) && weight == 0) gradient = 0;  // of a key that is not seen, whose product with dO may be NaN
     if (!keep) weight = 0;
   });
 }
