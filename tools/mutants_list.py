@@ -112,7 +112,7 @@ OPERATORS = [
     ("pyllm/reference.py", "keep &= distance >= -left", "keep &= distance > -left", "test_reference.py -k attention"),
     ("pyllm/reference.py", "keep &= distance <= right", "keep &= distance < right", "test_reference.py -k attention"),
     ("pyllm/reference.py", "(kept if weight is None else torch.where(kept, weight[index], 0.0)).sum()", "kept.sum()", "test_reference.py -k cross_entropy"),
-    ("pyllm/reference.py", "int(p * 65536 + 0.5)", "int(p * 65536)", "test_dropout_add.py -k 'reference_mask and native'"),
+    ("pyllm/reference.py", "int(p * 65536 + 0.5)", "int(p * 65536)", "test_dropout_add.py -k 65536th"),
     ("pyllm/reference.py", "call.dropout_p, batch * heads, sq, sk, first_batch * heads)", "call.dropout_p, batch * heads, sq, sk, 0)", "test_attention.py -k 'varlen and native'"),
     ("pyllm/reference.py", "reach = call.distance_bias.shape[1] // 2", "reach = call.distance_bias.shape[1] // 2 - 1", "test_attention.py -k 't5 and native'"),
     ("pyllm/testing.py", "nan_to_num(0.0, posinf=0.0)", "nan_to_num(0.0)", "test_bench.py"),
