@@ -195,6 +195,11 @@ BAD = [
         ValueError,
         "the cache is full: sequence 1 has 16 keys",
     ),
+    (
+        {name: torch.ones(2, heads, 2, 8) for name, heads in (("query", 4), ("key", 2), ("value", 2))},
+        ValueError,
+        "the cache is full: sequence 1 has 15 keys, 2 are to be added",
+    ),
     ({"key": None}, ValueError, "key and value must both be given"),
     ({"key": torch.ones(2, 2, 2, 8)}, ValueError, "key must have shape"),
     ({"value": torch.ones(2, 4, 1, 8)}, ValueError, "value must have shape"),
@@ -210,9 +215,9 @@ BAD = [
     ({"rotary": (torch.ones(15, 4), torch.ones(15, 4))}, ValueError, "rotary must be cos and sin"),
     ({"rotary": (torch.ones(16, 5), torch.ones(16, 5))}, ValueError, "rotary must be cos and sin"),
     (
-        {"query": torch.ones(2, 4, 5, 8), "key": None, "value": None, "rotary": (torch.ones(16, 4), torch.ones(16, 4))},
+        {"query": torch.ones(2, 4, 4, 8), "key": None, "value": None, "rotary": (torch.ones(16, 4), torch.ones(16, 4))},
         ValueError,
-        "rotary needs a position for each of the 5 queries: sequence 0 has 3 keys",
+        "rotary needs a position for each of the 4 queries: sequence 0 has 3 keys",
     ),
     ({"window": (-3, 0)}, ValueError, "window must be"),
     ({"softcap": -1.0}, ValueError, "softcap must be"),

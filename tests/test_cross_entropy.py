@@ -121,6 +121,8 @@ def test_strided_logits_and_targets(target):
     logits = randn(9, 2, 66, device=device, grad=False)[:, :, ::2].transpose(0, 1).requires_grad_()
     index = torch.randint(33, (9, 2), device=device).t()
     check(loss(), {"logits": logits, "target": index}, backend)
+    weight = torch.rand(66, device=device)[::2]
+    check(loss(label_smoothing=0.1), {"logits": logits, "target": index, "weight": weight}, backend)
 
 
 @pytest.mark.parametrize("target", KERNELS)

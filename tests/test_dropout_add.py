@@ -56,6 +56,16 @@ def test_dropout_is_the_reference_mask(target):
     assert torch.equal(y != 0, dropout_keep(rng, 0.1, 1, 37, 1003)[0])
 
 
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
+def test_a_probability_is_rounded_to_a_65536th(target):
+    """1e-5 is 0.66 of it, so that of a million elements some are dropped."""
+    backend, device = target
+    x = torch.ones(64, 16384, device=device)
+    with use_backend(backend):
+        y = ops.dropout_add(x, torch.zeros_like(x), dropout_p=1e-5)
+    assert 1 <= (y == 0).sum() <= 64
+
+
 def test_gradients_are_not_copied_where_they_are_the_incoming_one():
     x, residual = randn(4, 8), randn(4, 8)
     dy = torch.randn(4, 8)

@@ -8,6 +8,7 @@ from block_case import B, E, H, L
 
 from pyllm.nn import LearnedPositions, RelativePositionBias, SinusoidalPositions
 from pyllm.ops import RelativeBias
+from pyllm.ops.relative_bias import bucket
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -50,3 +51,19 @@ def test_relative_position_bias_makes_the_operators_bias():
     assert isinstance(bias, RelativeBias) and bias.table is module.weight and tuple(module.weight.shape) == (16, H)
     assert (bias.bidirectional, bias.max_distance) == (False, 64)
     assert str(module) == "RelativePositionBias(4, num_buckets=16, max_distance=64, bidirectional=False)"
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_buckets_are_t5s(bidirectional):
+    """One for each distance up to a half of a side's, then by its logarithm; 0 belongs to the keys before."""
+
+    def expected(distance: int) -> int:
+        count, first = (4, 4 if distance > 0 else 0) if bidirectional else (8, 0)
+        apart = abs(distance) if bidirectional else max(0, -distance)
+        exact = count // 2
+        if apart < exact:
+            return first + apart
+        return first + min(count - 1, exact + int(math.log(apart / exact) / math.log(20 / exact) * (count - exact)))
+
+    distances = torch.arange(-30, 31)
+    assert bucket(distances, 8, bidirectional, 20).tolist() == [expected(d) for d in distances.tolist()]

@@ -51,7 +51,10 @@ def test_inverse_and_strides(target, interleaved):
             z = x.clone(memory_format=torch.contiguous_format)
             assert ops.rotary_(z, cos, sin, interleaved=interleaved) is z and torch.equal(z, y)
     for x in layouts.values():
-        check(lambda x: ops.rotary(x, cos, sin, interleaved=interleaved), {"x": x.detach().requires_grad_()}, backend)
+        for inverse in (False, True):
+            options = {"interleaved": interleaved, "inverse": inverse}
+            inputs = {"x": x.detach().requires_grad_()}
+            check(lambda x, options=options: ops.rotary(x, cos, sin, **options), inputs, backend)
 
 
 def packed_attention(qkv, cos, sin, turn):

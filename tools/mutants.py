@@ -3,8 +3,7 @@
     python tools/mutants.py [-j N] [-k WORD ...] [--seconds S] [--trust] [--check]
 
 The faults are in mutants_list.py. Copies lie in build/mutants/ and are kept, so that a fault in the CPU kernels
-compiles what it touches alone. A fault is found where its tests, which pass without it, fail or take longer than S
-seconds.
+compiles what it touches alone. A fault is found where its tests, which pass without it, fail within S seconds.
 Exits with 1 if one survives that the list does not explain, or is not what the list says.
 """
 
@@ -97,7 +96,7 @@ class Copy:
 
 
 def verdict(fault: Fault, copy: Copy, seconds: float, trust: bool) -> str:
-    """found, survives, or what is wrong with the entry."""
+    """found, survives, timed out, or what is wrong with the entry."""
     if not trust and copy.test(fault.tests, seconds) != PASSED:
         return f"its tests do not pass without it: {fault.tests}"
     try:
@@ -105,16 +104,16 @@ def verdict(fault: Fault, copy: Copy, seconds: float, trust: bool) -> str:
         status = None if problem else copy.test(fault.tests, seconds)
     finally:
         copy.heal(fault)
-    if status == COLLECTED_NOTHING:
-        return f"it names no test: {fault.tests}"
-    return problem or ("survives" if status == PASSED else "found")
+    if problem or status == COLLECTED_NOTHING:
+        return problem or f"it names no test: {fault.tests}"
+    return {None: "timed out", PASSED: "survives"}.get(status, "found")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-j", type=int, default=1, metavar="N", help="how many at once, each in a copy of its own")
     parser.add_argument("-k", nargs="*", default=[], metavar="WORD", help="those that have one of these in them")
-    parser.add_argument("--seconds", type=float, default=300, help="after which tests count as failed")
+    parser.add_argument("--seconds", type=float, default=300, help="that the tests of a fault may take")
     parser.add_argument("--trust", action="store_true", help="do not run the tests without the fault first")
     parser.add_argument("--check", action="store_true", help="only see that every fault can still be planted")
     options = parser.parse_args()

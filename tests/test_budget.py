@@ -1,0 +1,45 @@
+"""The error budget that all comparisons share: what widens it, and what does not."""
+
+import pytest
+import torch
+
+from pyllm.testing import assert_within_budget, check, randn
+
+TRUTH = torch.tensor([1.0, 70000.0], dtype=torch.float64)
+
+
+def test_twice_plain_pytorchs_error_and_a_rounding_band():
+    truth, band = TRUTH[:1], torch.finfo(torch.float32).eps
+    for error, fits in ((3.9 * band, True), (6.1 * band, False)):
+        actual, plain = (truth + error).float(), (truth + 2 * band).float()
+        if fits:
+            assert_within_budget("", actual, truth, plain)
+        else:
+            with pytest.raises(AssertionError, match="times the error budget"):
+                assert_within_budget("", actual, truth, plain)
+
+
+def test_an_overflow_of_plain_pytorch_widens_nothing():
+    with pytest.raises(AssertionError, match="times the error budget"):
+        assert_within_budget("", 1.1 * TRUTH.float(), TRUTH, TRUTH.half())
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_must_be_there_in_truth(wrong):
+    actual = torch.tensor([wrong, 70000.0])
+    with pytest.raises(AssertionError, match="times the error budget"):
+        assert_within_budget("", actual, TRUTH, TRUTH.float())
+    if wrong == wrong:
+        assert_within_budget("", actual, actual.double(), TRUTH.float())
+
+
+def test_check_wants_every_gradient():
+    leaf = randn(3)
+    for function, message in ((lambda x: x.detach() * 1 + 0 * x[0], "gradient of x"), (lambda x: x.double(), "dtype")):
+        changed = iter([function])
+
+        def call(x, changed=changed):
+            return next(changed, lambda x: x * 1)(x)  # the backend's call comes first
+
+        with pytest.raises(AssertionError, match=message):
+            check(call, {"x": leaf}, "torch")
