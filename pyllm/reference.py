@@ -175,12 +175,9 @@ def cross_entropy(
     """
     kept = target != ignore_index
     index = torch.where(kept, target, 0)
-<<<<<<< HEAD
     if weight is not None and not weight.numel():
         weight = None
-=======
     logits = torch.where(kept[..., None], logits, 0.0)  # what is ignored may hold anything
->>>>>>> wt-kernels
     losses = -torch.log_softmax(logits, -1)
     if weight is not None:
         losses = losses * weight
@@ -404,6 +401,7 @@ def _decode_one(call: DecodeCall, index: int, length: int) -> tuple[Tensor, Tens
         turn = (call.cos[total - new : total], call.sin[total - new : total], call.interleaved)
         query, key = rotary(query, *turn), None if key is None else rotary(key, *turn)
     caches, places = [], torch.arange(total, device="cpu")
+    heads = torch.arange(call.key_cache.shape[1], device="cpu")  # each by its index, as vmap wants them
     for cache, added in ((call.key_cache, key), (call.value_cache, call.value)):
         if call.block_table is None:
             pages, slots = torch.full_like(places, index), places
