@@ -147,6 +147,13 @@ def _dropped(x: Tensor, bias: Tensor | None, dropout: Module | None) -> Tensor:
     return x if dropout is None else dropout(x)
 
 
+def _is_torchs(layer: type["ResidualLayer"], block: str) -> bool:
+    return getattr(layer, block) is layer._blocks[block]
+
+
+_is_torchs._dynamo_marked_constant = True  # a trace does not know the method again in a dictionary
+
+
 class ResidualLayer:
     """The part that TransformerEncoderLayer and TransformerDecoderLayer share; torch's class holds the modules.
 
@@ -176,7 +183,7 @@ class ResidualLayer:
         return Sublayer(_called(getattr(self, f"_{name}_block")), args, None, norm)
 
     def _is_torchs(self, block: str) -> bool:
-        return getattr(getattr(self, block), "__func__", None) is self._blocks[block]
+        return block not in self.__dict__ and _is_torchs(type(self), block)
 
     def _sa_branch(self, x: Tensor, source: Source | None, *masks) -> tuple[Tensor, Tensor | None]:
         return _attend(self.self_attn, x, x, source, *masks)
