@@ -27,6 +27,20 @@ TARGETS = [
 COMPARED = [t for t in TARGETS if t.values[0][0] != "reference"]
 WITHOUT_TORCH = [t for t in TARGETS if t.values[0][0] != "torch"]  # whose kernels serve few of an operator's calls
 KERNELS = [t for t in COMPARED if t.values[0][0] != "torch"]
+# What `make test` leaves to CI: the interpreter computes in float32, and both take their time.
+SLOW_DTYPES = {
+    "triton": {torch.float16, torch.bfloat16, torch.float64},
+    "cuda_host": {torch.float16, torch.float64},
+}
+
+
+def interpreted_in_ci(targets: list) -> list:
+    """The targets, the one of Triton's interpreter marked slow: for tests whose cases others have run through it."""
+    return [
+        pytest.param(*t.values, id=t.id, marks=[*t.marks, pytest.mark.slow]) if t.values[0] == ("triton", "cpu") else t
+        for t in targets
+    ]
+
 
 collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
 
@@ -61,13 +75,14 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """gpu; slow, where kernels are interpreted or run on a model, in dtypes whose code others share."""
+    """Marks: gpu; slow, where kernels are interpreted or run on a model, in dtypes whose code others share."""
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("device") == "cuda" or "cuda" in parameters.get("target", ()):
             item.add_marker("gpu")
-        modelled = parameters.get("target") == ("triton", "cpu") or item.path.stem.startswith("test_cuda_")
-        if modelled and not {torch.float16, torch.float64}.isdisjoint(_dtypes(parameters.values())):
+        left = SLOW_DTYPES["triton"] if parameters.get("target") == ("triton", "cpu") else set()
+        left = SLOW_DTYPES["cuda_host"] if item.path.stem.startswith("test_cuda_") else left
+        if not left.isdisjoint(_dtypes(parameters.values())):
             item.add_marker("slow")
 
 

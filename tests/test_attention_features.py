@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from attention_case import BOTTOM, CAUSAL, DROPOUT, Case
-from conftest import KERNELS
+from conftest import KERNELS, interpreted_in_ci
 
 from pyllm.testing import DTYPES, check
 
@@ -44,7 +44,7 @@ def _cases():
         )
 
 
-@pytest.mark.parametrize("target", KERNELS)
+@pytest.mark.parametrize("target", interpreted_in_ci(KERNELS))
 @pytest.mark.parametrize("case, dtype", list(_cases()))
 def test_pair_within_budget(case: Case, dtype: torch.dtype, target):
     backend, device = target

@@ -17,7 +17,9 @@ def check_on(isa: str, *library: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env={**os.environ, "PYLLM_CPU_ISA": isa}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
+@pytest.mark.parametrize(
+    "isa", [*(pytest.param(isa, marks=pytest.mark.slow) for isa in ("portable", "avx2", "avx512")), "avx512bf16", "amx"]
+)
 def test_bf16_within_budget(isa):
     pytest.importorskip("pyllm._C")
     result = check_on(isa)

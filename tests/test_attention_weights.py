@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from attention_case import BOTTOM, CAUSAL, Case
-from conftest import KERNELS, WITHOUT_TORCH
+from conftest import KERNELS, WITHOUT_TORCH, interpreted_in_ci
 from torch import Tensor
 
 import pyllm
@@ -49,7 +49,7 @@ class Weights:
         return out, weights if self.rows is None else weights[:, :, list(self.rows)]
 
 
-@pytest.mark.parametrize("target", WITHOUT_TORCH)
+@pytest.mark.parametrize("target", interpreted_in_ci(WITHOUT_TORCH))
 @pytest.mark.parametrize("rows, heads", [(None, None), ((5, 0, 5), None), ((6,), (1, 0)), (None, (1,)), ((), ())])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_weights_are_those_of_attention(case: Case, rows, heads, target):

@@ -334,9 +334,9 @@ def without_a_chance(given: dict, hopeless: int) -> dict:
     return given | {"bias": bias.requires_grad_(), "target": target}
 
 
-def test_vocabulary_split_over_processes(tmp_path):
+@pytest.mark.parametrize("backend", [t.values[0][0] for t in KERNELS if t.values[0][1] == "cpu"])
+def test_vocabulary_split_over_processes(tmp_path, backend):
     """Two processes with half of the classes each give what one gives with all."""
-    backend = "native" if pyllm.backends()["native"] is None else "triton"
     given = inputs((37,), 24, 70, torch.float64, "cpu")
     with mp.Manager() as manager:
         results = manager.dict()
