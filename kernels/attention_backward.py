@@ -20,7 +20,6 @@ from pyllm.kernels.attention_common import (
     place,
     reach,
     scores,
-    seen,
     store_rows,
 )
 from pyllm.kernels.philox import keep_mask
@@ -72,9 +71,9 @@ def _gradients(
     BOUNDARY: tl.constexpr,
     SWAP: tl.constexpr = False,
 ):
-    """Of a tile [BLOCK_M, BLOCK_N]: weights after dropout, not yet scaled up, the scores' gradient, q.k's, and keys.
+    """Of a tile [BLOCK_M, BLOCK_N]: the weights after dropout, not yet scaled up, the scores' gradient, and q.k's.
 
-    The third is still to be multiplied by scale; the keys are b_k, 0 where attn_mask hides them from all of the tile.
+    The last is still to be multiplied by scale.
     """
     BLOCK_M: tl.constexpr = b_q.shape[0]
     BLOCK_N: tl.constexpr = b_k.shape[0]
@@ -100,9 +99,7 @@ def _gradients(
     if features.p_rng is not None:
         p = tl.where(keep, p, 0.0)
     dqk = ds * bent if SOFTCAP else ds
-    if features.mask is not None:
-        b_k = seen(b_k, s)
-    return p, ds, dqk, b_k
+    return p, ds, dqk
 
 
 @triton.jit
@@ -171,7 +168,7 @@ def _collect(
     for first_m in range(start, end, BLOCK_M):
         b_q = load_rows(p_q, call.q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY, TMA)
         b_dout = load_rows(p_dout, given.dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, BOUNDARY, TMA)
-        p, ds, dqk, b_seen = _gradients(
+        p, ds, dqk = _gradients(
             b_q,
             b_k,
             b_v,
@@ -199,7 +196,7 @@ def _collect(
             o_d = tl.arange(0, BLOCK_D)
             p_tile = at(dq, head, head.h, head.row_q) + o_m.to(tl.int64)[:, None] * dq.row + o_d[None, :]
             m_tile = (o_m < head.Sq)[:, None] & (o_d < D)[None, :]
-            b_dq = dot(dqk, b_seen) * (scales[0] * scales[1] if SOFTCAP else scales[0])
+            b_dq = dot(dqk, b_k) * (scales[0] * scales[1] if SOFTCAP else scales[0])
             tl.atomic_add(p_tile, b_dq, mask=m_tile, sem="relaxed")
     return dk, dv, before, after
 
@@ -331,7 +328,7 @@ def attention_bwd_query_kernel(
     for first_n in range(around[0], around[3], BLOCK_N):
         b_k = load_keys(p_k, call.k.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True, TMA)
         b_v = load_keys(p_v, call.v.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True, TMA)
-        _, _, dqk, b_k = _gradients(
+        dqk = _gradients(
             b_q,
             b_k,
             b_v,
@@ -345,7 +342,7 @@ def attention_bwd_query_kernel(
             NATURAL,
             SOFTCAP,
             True,
-        )
+        )[2]
         b_dq = dot(rounded(dqk, b_k.dtype), b_k, b_dq)
     b_dq *= scales[0] * scales[1] if SOFTCAP else scales[0]
     store_rows(at(dq, head, head.h, head.row_q), dq.row, b_dq, first_m, head.Sq, D)

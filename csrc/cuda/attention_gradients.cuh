@@ -182,7 +182,6 @@ __device__ inline void score_gradients(const AttentionBackward& args, const KeyB
     float &weight = tile.weights[0][n][2 * half + i], &gradient = tile.gradients[0][n][2 * half + i];
     const bool keep = !FULL || kept(n, half, i);
     gradient = weight * ((keep ? gradient * kept_factor : 0) - row.delta);
-    if ((FULL || cut) && weight == 0) gradient = 0;  // of a key that is not seen, whose product with dO may be NaN
     if (!keep) weight = 0;
   });
 }

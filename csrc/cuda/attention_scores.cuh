@@ -65,14 +65,15 @@ class Scoring {
   __device__ float operator()(float product, int i, int j, float& derivative) const {
     float score = product * call_.scale;
     derivative = 1;
-    const float added = call_.mask.data ? mask(i, j) : 0;
-    if (added == -kInfinity) return added;  // whatever the product is
     if (call_.softcap != 0) {
       const float tanh = 1 - 2 * reciprocal_approx(1 + exp2_approx(2 * kLog2E / call_.softcap * score));
       score = call_.softcap * tanh;
       derivative = 1 - tanh * tanh;
     }
-    score += added;
+    if (call_.mask.data) {
+      const float added = mask(i, j);
+      score = added == -kInfinity ? added : score + added;
+    }
     const int distance = j - i - shift_;
     if (bias_ != nullptr) score += load(bias_ + max(-reach_, min(reach_, distance)));
     return (score - slope_ * static_cast<float>(abs(distance))) * kLog2E;
