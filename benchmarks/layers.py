@@ -67,6 +67,7 @@ class Layer:
         dtype = torch.float32 if autocast else dtype
         factory = {"dtype": dtype, "device": device}
         ours = self.make(width, dropout, **factory)
+        _off_the_kink(ours)
         theirs = self.eager(ours, width, dropout)
         modules = {"eager": theirs, "pyllm": ours} | self._planned(ours, width, dropout, factory)
         hidden = padding(DISTRIBUTIONS[lengths](batch, longest), longest, device)
@@ -138,6 +139,14 @@ class Layer:
                 planned[plan] = self.make(width, dropout, save=plan, **factory)
                 planned[plan].load_state_dict(ours.state_dict(keep_vars=True), assign=True)
         return planned
+
+
+def _off_the_kink(module: Module) -> None:
+    """Biases of 2 and -2 before a ReLU, of which the gradient jumps at 0: rounding would decide on which side a sum is."""
+    for layer in module.modules():
+        if getattr(layer, "activation", None) in (F.relu, "relu") and layer.linear1.bias is not None:
+            with torch.no_grad():
+                layer.linear1.bias.copy_(4.0 * torch.randint_like(layer.linear1.bias, 2) - 2.0)
 
 
 def _kv_heads(width: int) -> int:
