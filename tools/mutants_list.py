@@ -108,7 +108,7 @@ OPERATORS = [
     ("pyllm/ops/linear_cross_entropy_chunks.py", "share = label_smoothing / max(classes, 1)", "share = label_smoothing", "test_linear_cross_entropy.py -k 'options and native'"),
     ("pyllm/ops/relative_bias.py", "first = (distance > 0) * num_buckets", "first = (distance >= 0) * num_buckets", "test_positions.py -k buckets"),
     ("pyllm/ops/relative_bias.py", "distance < exact", "distance <= exact", "test_positions.py -k buckets", "At distance `exact` the logarithm is 0, and both branches give bucket `exact`."),
-    ("pyllm/ops/rotary.py", "ctx.saved_tensors, interleaved, not inverse)", "ctx.saved_tensors, interleaved, True)", "test_rotary.py -k inverse"),
+    ("pyllm/ops/rotary.py", "turn(dy, cos, sin, interleaved, not inverse)", "turn(dy, cos, sin, interleaved, True)", "test_rotary.py -k inverse"),
     ("pyllm/reference.py", "keep &= distance >= -left", "keep &= distance > -left", "test_reference.py -k attention"),
     ("pyllm/reference.py", "keep &= distance <= right", "keep &= distance < right", "test_reference.py -k attention"),
     ("pyllm/reference.py", "(kept if weight is None else torch.where(kept, weight[index], 0.0)).sum()", "kept.sum()", "test_reference.py -k cross_entropy"),
