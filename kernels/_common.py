@@ -21,7 +21,8 @@ def rounded(x, dtype: tl.constexpr):
     """x.to(dtype), to nearest even in the interpreter too, which truncates to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
     return x.to(dtype)
 
 

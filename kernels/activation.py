@@ -55,6 +55,12 @@ def _value(h, s, ACT: tl.constexpr):
 
 
 @triton.jit
+def _gradient(g, h, s, slope, ACT: tl.constexpr):
+    """The gradient of h from that of the value, g; relu's is 0 whatever g is."""
+    return tl.where(h <= 0.0, 0.0, g) if ACT == "relu" else g * (s + h * slope)
+
+
+@triton.jit
 def _loaded(p_x, p_bias, o_tile, o_cols, m_tile, m_cols, COMPUTE: tl.constexpr):
     """x + bias of a block [BLOCK_M, BLOCK_N]."""
     h = tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(COMPUTE)
@@ -142,7 +148,7 @@ def activation_bwd_kernel(
             tl.store(p_dup + o_gradient, rounded(dup, p_dup.dtype.element_ty), mask=m_tile)
             dup_bias += dup
             g *= up
-        dx = g * (s + h * slope)
+        dx = _gradient(g, h, s, slope, ACT)
         tl.store(p_dx + o_gradient, rounded(dx, p_dx.dtype.element_ty), mask=m_tile)
         dbias += dx  # rows outside have g = 0
     if p_dbias is not None:

@@ -213,7 +213,7 @@ def cross_entropy_bwd_kernel(
 
 
 def _over_rows(kernel, rows: int, n: int, device: torch.device, **arguments) -> None:
-    if rows and n:
+    if rows:  # without columns too: a loss is 0, not what was in memory
         # Long rows in shorter chunks than LIMIT would make of them, which spill in fp16.
         tile = row_tile(n, LIMIT if n <= LIMIT else LIMIT // 2, per_thread=8)
         launch(kernel, (triton.cdiv(rows, tile["BLOCK_M"]),), device, rows=rows, N=n, **arguments, **tile)

@@ -39,6 +39,7 @@ def _scores(
         if p_mask.dtype.element_ty == tl.int1:
             m_tile = m_tile & mask
         else:
+            m_tile = m_tile & (mask != float("-inf"))
             scores += mask.to(COMPUTE)
     return tl.where(m_tile, scores, float("-inf"))
 

@@ -6,14 +6,18 @@ PREFERENCE. A backend asked for by name runs or raises; only the default choice 
 """
 
 import os
+import threading
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, is_grad_enabled
 
 from pyllm import _library, dispatch
+from pyllm.derivatives import transformed
 
 BACKENDS = ("native", "triton", "torch", "reference")
 
@@ -21,6 +25,7 @@ BACKENDS = ("native", "triton", "torch", "reference")
 PREFERENCE = {
     "cpu": ("native", "torch", "reference"),
     "cuda": ("native", "triton", "torch", "reference"),
+    "meta": ("native", "triton", "torch", "reference"),  # shapes alone, from the fake implementations of kernels
 }
 
 
@@ -68,7 +73,6 @@ class Operator:
     implementations: dict[str, Implementation]
 
 
-_override: str | None = None
 _recording: list[Choice] | None = None
 
 
@@ -78,33 +82,104 @@ def _check_name(name: str | None) -> str | None:
     return name
 
 
+_process: str | None = None  # what a call has set
+_entered: ContextVar[tuple[str | None, ...]] = ContextVar("pyllm_backend", default=())  # contexts, the innermost last
+_asking: Callable[[], str | None] | None = None  # `_here`, while anything but `_process` may hold somewhere
+_open = 0  # contexts that are entered, and calls that may still become contexts
+_lock = threading.Lock()
+_OUTSIDE = "the process's"
+
+
+class _Thread(threading.local):
+    """The setting as a trace can read it and guard, and the object that made it, if that was not entered yet."""
+
+    name: str | None = _OUTSIDE
+    call: Callable[[], "use_backend | None"] = staticmethod(lambda: None)
+
+
+_thread = _Thread()
+
+
 class use_backend:
     """Makes every operator run on `name`, or on the default choice again with None. A function and a context manager.
 
-    The setting is the process's. Raises ValueError for an unknown name; a call that the backend cannot serve raises
-    RuntimeError when it is made. The environment variable PYLLM_BACKEND sets the initial value.
+    A call sets it for the process, a context for its thread and task alone, there and in the backward passes that it
+    runs. Contexts can be nested, and one object entered again. (What is assigned, `x = use_backend(name)`, may become
+    either: other threads see it when this one has called an operator, or has let go of x.)
+    Raises ValueError for an unknown name; a call that the backend cannot serve raises RuntimeError when it is made. The
+    environment variable PYLLM_BACKEND sets the initial value.
     """
 
     def __init__(self, name: str | None):
-        global _override
-        self._before = _override
-        _override = _check_name(name)
+        self._is_call = False
+        self._name = _check_name(name)
+        asked()  # an object before this one that was not entered was a call
+        self._is_call = True
+        _thread.name, _thread.call = name, weakref.ref(self)
+        _count(1)
 
     def __enter__(self):
+        if not self._is_call:
+            _count(1)
+        self._is_call = False
+        _move((*_entered.get(), self._name))
         return self
 
     def __exit__(self, *_):
-        global _override
-        _override = self._before
+        _move(_entered.get()[:-1])
+        _count(-1)
+
+    def __del__(self):
+        if self._is_call:
+            self._settle()
+
+    def _settle(self) -> None:
+        global _process
+        self._is_call = False
+        _process = self._name
+        _move(_entered.get())
+        _count(-1)
+
+
+def _count(change: int) -> None:
+    global _open, _asking
+    with _lock:
+        _open += change
+        _asking = _here if _open else None
+
+
+def _move(entered: tuple[str | None, ...]) -> None:
+    _entered.set(entered)
+    _thread.name = entered[-1] if entered else _OUTSIDE
+    # PyTorch hands this on to the threads of a backward pass.
+    torch._C._stash_obj_in_tls("pyllm_backend", (threading.get_ident(), _thread.name))
+
+
+def _here() -> str | None:
+    if torch.compiler.is_compiling():
+        return _process if _thread.name == _OUTSIDE else _thread.name
+    call = _thread.call()
+    if call is not None and call._is_call:
+        call._settle()
+    entered = _entered.get()
+    if entered:
+        return entered[-1]
+    if torch._C._is_key_in_tls("pyllm_backend"):
+        thread, name = torch._C._get_obj_in_tls("pyllm_backend")
+        if thread != threading.get_ident() and name != _OUTSIDE:
+            return name
+    return _process
 
 
 def asked() -> str | None:
     """The backend that `use_backend` or PYLLM_BACKEND asks for, or None."""
-    return _override
+    return _process if _asking is None else _asking()
 
 
 def unavailable(name: str, place: torch.device) -> str | None:
     """Why backend `name` cannot run on tensors of this device, or None if it can."""
+    if place.type == "meta":
+        return _library.error if name == "native" else None
     if name == "native":
         if place.type == "cpu":
             return _library.error
@@ -128,10 +203,14 @@ def backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
 def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool = True) -> Callable:
     """The callable that serves op(tensor, *args), or a part of it. record: whether that is a call, for `explain`.
 
-    Raises CannotRun if the backend asked for cannot.
+    Under a transform of torch.func and in a torch.jit.trace that is the reference, whatever is asked for. Raises
+    CannotRun if the backend asked for cannot.
     """
+    if transformed():
+        return _composed(op, record, tensor, *args, part=part)
     device = "cpu" if tensor.is_cpu else tensor.device  # a string's hash is at hand
-    for width, elements, candidates in _plan(op.name, device, tensor.dtype, is_grad_enabled(), _override):  # noqa: B007
+    name = _process if _asking is None else _asking()
+    for width, elements, candidates in _plan(op.name, device, tensor.dtype, is_grad_enabled(), name):  # noqa: B007
         if not (elements or width) or (tensor.numel() >= elements and tensor.shape[-1] >= width):
             break
     refusals = []
@@ -146,6 +225,20 @@ def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool 
                 return getattr(implementation, part)
         refusals.append(f"backend {name!r} cannot run {op.name}: {why}")
     raise CannotRun("; ".join(refusals))
+
+
+_COMPOSED_UNDER = "under a transform of torch.func, forward-mode differentiation or torch.jit.trace"
+
+
+def _composed(op: Operator, record: bool, tensor: Tensor, *args, part: str) -> Callable:
+    """What a transform can follow: the reference, composed of PyTorch's operators."""
+    implementation = op.implementations["reference"]
+    why = None if implementation.unfit is None else implementation.unfit(tensor, *args)
+    if why is not None:
+        raise CannotRun(f"{op.name} cannot run {_COMPOSED_UNDER}: {why}")
+    if _recording is not None and record:
+        _record(op, "reference", f"composed of PyTorch's operators {_COMPOSED_UNDER}", tensor, *args)
+    return getattr(implementation, part)
 
 
 # By least width and least number of elements, largest first: (backend, reason, why it can serve no such call or None)
@@ -204,4 +297,4 @@ def recording():
         _recording = before
 
 
-_override = _check_name(os.environ.get("PYLLM_BACKEND") or None)
+_process = _check_name(os.environ.get("PYLLM_BACKEND") or None)

@@ -11,13 +11,14 @@ import torch
 from torch.nn import Module
 
 from pyllm import nn
+from pyllm.nn.plain import is_written
 
 _NAMES = [name for name in nn.__all__ if isinstance(getattr(torch.nn, name, None), type)]  # those that torch has too
 _REPLACEMENTS = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
 _ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
 _MARK = "_pyllm_patched"  # in the module's __dict__, so that copies of a patched model can be unpatched
+_PACKS = "batches with padding run as their tokens alone, and padded positions are 0 (pack=False: torch.nn's values)"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM = 256
 
 
 @dataclass
@@ -25,29 +26,37 @@ class Report:
     """What `patch` or `unpatch` did, by qualified name ("" is the model itself).
 
     replaced: name -> class the module had; left: name -> why a module of one of torch's layers stayed what it is.
+    differs: name -> where a module's results are now other than torch's.
     """
 
     action: str
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    differs: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         counts = Counter(self.replaced.values())
         lines = [f"{self.action} {len(self.replaced)} modules" + (f", left {len(self.left)}" if self.left else "")]
         lines += [f"  {count} x {kind}" for kind, count in counts.items()]
         lines += [f"  left {name or '(the model)'}: {why}" for name, why in self.left.items()]
+        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.differs.items()]
         return "\n".join(lines)
 
 
-def patch(model: Module) -> Report:
+def patch(model: Module, *, pack: bool = True) -> Report:
     """Replaces torch.nn's layers in model by pyllm's of the same name, in place; patching twice is patching once.
 
     Replaced are LayerNorm, RMSNorm, Softmax, MultiheadAttention and the Transformer classes, where a module is exactly
-    of that class: the report says which modules were left, and why. Raises TypeError if model is not a Module.
+    of that class: the report says which modules were left, and why. pack: whether a TransformerEncoder whose
+    enable_nested_tensor is set may run a padded batch as its tokens alone, in training too; padded positions then come
+    out as 0, where torch.nn's training computes values that nothing should read. pack=False computes them.
+    Raises TypeError if model is not a Module.
     """
     report = Report("replaced")
     for name, module in _modules("patch", model):
         kind = type(module)
+        if _MARK in module.__dict__ and kind is nn.TransformerEncoder:
+            module.pack = pack
         if kind in _ORIGINALS or not isinstance(module, tuple(_REPLACEMENTS)):
             continue
         why = _unfit(module)
@@ -57,6 +66,10 @@ def patch(model: Module) -> Report:
         module.__class__ = _REPLACEMENTS[kind]
         module.__dict__[_MARK] = True
         report.replaced[name] = kind.__name__
+        if kind is torch.nn.TransformerEncoder:
+            module.pack = pack
+            if pack and module.enable_nested_tensor:
+                report.differs[name] = _PACKS
     return report
 
 
@@ -74,6 +87,7 @@ def unpatch(model: Module) -> Report:
             report.left[name] = f"its class was changed to {kind.__name__} after patch"
             continue
         del module.__dict__[_MARK]
+        module.__dict__.pop("pack", None)
         module.__class__ = _ORIGINALS[kind]
         report.replaced[name] = kind.__name__
     return report
@@ -93,9 +107,9 @@ def _unfit(module: Module) -> str | None:
         return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.{base.__name__}"
     if "forward" in module.__dict__:
         return f"{kind.__name__}.forward was replaced on this instance"
+    if not is_written(kind):
+        return f"a method of torch.nn.{kind.__name__} was replaced"
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dtype not in _DTYPES:
             return f"{kind.__name__}.{name} is {parameter.dtype}"
-    if kind is torch.nn.MultiheadAttention and module.head_dim > _MAX_HEAD_DIM:
-        return f"{kind.__name__} has head_dim {module.head_dim}, above {_MAX_HEAD_DIM}"
     return None

@@ -65,7 +65,7 @@ def dropout(x: Tensor, rng: Tensor | None, p: float) -> Tensor:
     if p == 0.0:
         return x
     keep = dropout_keep(rng, p, 1, x.numel() // max(x.shape[-1], 1), x.shape[-1])
-    return torch.where(keep.view(x.shape), x * dropout_scale(p), 0.0)
+    return x * dropout_scale(p) * keep.view(x.shape)  # what is dropped shows if it is NaN
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -155,7 +155,8 @@ def log_softmax(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bo
     scores = _masked(x * scale, attn_mask, is_causal)
     lse = probabilities(scores)[1]
     kept = scores != -math.inf
-    return torch.where(kept, torch.where(kept, scores, 0.0) - torch.where(lse != -math.inf, lse, 0.0), -math.inf)
+    logs = torch.where(kept, scores, 0.0) - torch.where(lse != -math.inf, lse, 0.0)
+    return torch.where(kept | lse.isnan(), logs, -math.inf)
 
 
 def cross_entropy(
@@ -174,12 +175,15 @@ def cross_entropy(
     """
     kept = target != ignore_index
     index = torch.where(kept, target, 0)
+    if weight is not None and not weight.numel():
+        weight = None
+    logits = torch.where(kept[..., None], logits, 0.0)  # what is ignored may hold anything
     losses = -torch.log_softmax(logits, -1)
     if weight is not None:
         losses = losses * weight
-    loss = (1 - label_smoothing) * losses.gather(-1, index[..., None]).squeeze(-1) if index.numel() else losses.sum(-1)
+    loss = (1 - label_smoothing) * losses.gather(-1, index[..., None]).squeeze(-1) if losses.numel() else losses.sum(-1)
     if label_smoothing:
-        loss = loss + label_smoothing / logits.shape[-1] * losses.sum(-1)
+        loss = loss + label_smoothing / max(logits.shape[-1], 1) * losses.sum(-1)
     if z_loss:
         loss = loss + z_loss * logits.logsumexp(-1).square()
     loss = torch.where(kept, loss, 0.0)
@@ -199,7 +203,7 @@ def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, -math.inf)
         else:
-            scores = scores + attn_mask.to(scores.dtype)
+            scores = (scores + attn_mask.to(scores.dtype)).masked_fill(attn_mask == -math.inf, -math.inf)
     if is_causal:
         scores = scores.masked_fill(~band(*scores.shape[-2:], -1, 0, False, scores.device), -math.inf)
     return scores
@@ -298,13 +302,18 @@ def _sequences(call: AttentionCall):
 def _dense_attention(call: AttentionCall, first_batch: int) -> tuple[Tensor, Tensor]:
     batch, heads, sq, _ = call.query.shape
     sk = call.key.shape[2]
-    rows = torch.arange(sq, device=call.query.device)
-    weights, lse = probabilities(attention_scores(call, distances(rows, sq, sk, call.bottom_right)))
+    distance = distances(torch.arange(sq, device=call.query.device), sq, sk, call.bottom_right)
+    # Queries that see no key, and keys that no query sees, have weights of 0, but a product with NaN is NaN.
+    hidden = _hidden(call, distance)
+    no_key, no_query = hidden.all(-1)[..., None], hidden.all(-2)[..., None]
+    query = call.query.masked_fill(no_key, 0.0)
+    key, value = (_for_every_head(x, heads).masked_fill(no_query, 0.0) for x in (call.key, call.value))
+    weights, lse = probabilities(attention_scores(call._replace(query=query, key=key), distance))
     if call.dropout_p > 0.0:
         keep = dropout_keep(call.rng, call.dropout_p, batch * heads, sq, sk, first_batch * heads)
-        weights = torch.where(keep.view(weights.shape), weights * dropout_scale(call.dropout_p), 0.0)
-    value = _for_every_head(call.value, heads)
-    return weights.to(value.dtype) @ value, lse.squeeze(-1).to(statistics_type(call.query))
+        weights = weights * dropout_scale(call.dropout_p) * keep.view(weights.shape)
+    out = weights.to(value.dtype) @ value
+    return out.masked_fill(no_key, 0.0), lse.squeeze(-1).to(statistics_type(call.query))
 
 
 def attention_scores(call: AttentionCall, distance: Tensor) -> Tensor:
@@ -317,10 +326,19 @@ def attention_scores(call: AttentionCall, distance: Tensor) -> Tensor:
         scores = scores + call.distance_bias[:, distance.clamp(-reach, reach) + reach].to(scores.dtype)
     if call.alibi_slopes is not None:
         scores = scores - (call.alibi_slopes[:, :, None, None] * distance.abs()).to(scores.dtype)
-    scores = scores.masked_fill(~_within(distance, call.left, call.right), -math.inf)
+    if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:
+        scores = scores + call.attn_mask.to(scores.dtype)
+    return scores.masked_fill(_hidden(call, distance), -math.inf)
+
+
+def _hidden(call: AttentionCall, distance: Tensor) -> Tensor:
+    """Which keys which queries do not see: broadcasts to (B, H, Sq, Sk). A -inf in attn_mask hides as False does."""
+    hidden = ~_within(distance, call.left, call.right)
     if call.key_padding_mask is not None:
-        scores = scores.masked_fill(call.key_padding_mask[:, None, None, :], -math.inf)
-    return _masked(scores, call.attn_mask, False)
+        hidden = hidden | call.key_padding_mask[:, None, None, :]
+    if call.attn_mask is not None:
+        hidden = hidden | (~call.attn_mask if call.attn_mask.dtype == torch.bool else call.attn_mask == -math.inf)
+    return hidden
 
 
 def statistics_type(x: Tensor) -> torch.dtype:
@@ -338,10 +356,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     A pair is columns (c, c + R / 2), or (2c, 2c + 1) if interleaved.
     """
     half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.split(half, -1)
+    turned, rest = x.split((2 * half, x.shape[-1] - 2 * half), -1)
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.split((half, half), -1)
     pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    turned = torch.stack(pair, -1).reshape(turned.shape) if interleaved else torch.cat(pair, -1)
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 
@@ -369,7 +387,8 @@ class DecodeCall(NamedTuple):
 def attention_decode(*args) -> tuple[Tensor, Tensor]:
     """Appends key and value to the caches, then attention of query over each sequence: out (B, H, Sn, D) and lse."""
     call = DecodeCall(*args)
-    results = [(call.query[:0], call.query[:0, ..., 0].to(statistics_type(call.query)))]
+    none = call.query[:0]
+    results = [(none, none.new_empty(none.shape[:3], dtype=statistics_type(none)))]
     results += [_decode_one(call, index, length) for index, length in enumerate(call.cache_seqlens.tolist())]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
@@ -381,18 +400,18 @@ def _decode_one(call: DecodeCall, index: int, length: int) -> tuple[Tensor, Tens
     if call.cos is not None:
         turn = (call.cos[total - new : total], call.sin[total - new : total], call.interleaved)
         query, key = rotary(query, *turn), None if key is None else rotary(key, *turn)
-    caches = []
+    caches, places = [], torch.arange(total, device="cpu")
+    heads = torch.arange(call.key_cache.shape[1], device="cpu")  # each by its index, as vmap wants them
     for cache, added in ((call.key_cache, key), (call.value_cache, call.value)):
         if call.block_table is None:
-            pages, slots = torch.tensor([index] * total, dtype=torch.int64), torch.arange(total)
+            pages, slots = torch.full_like(places, index), places
         else:
             size = cache.shape[2]
-            slots = torch.arange(total) % size
-            pages = call.block_table[index].cpu().long()[torch.arange(total) // size]
+            pages, slots = call.block_table[index].cpu().long()[places // size], places % size
         if added is not None:
             rows = added if cache is call.key_cache else added[index : index + 1]
-            cache[pages[length:], :, slots[length:]] = rows[0].transpose(0, 1)
-        caches.append(cache[pages, :, slots].transpose(0, 1)[None])
+            cache[pages[length:, None], heads, slots[length:, None]] = rows[0].transpose(0, 1)
+        caches.append(cache[pages[:, None], heads, slots[:, None]].transpose(0, 1)[None])
     slopes = call.alibi_slopes
     slopes = slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1]
     options = (None, call.scale, call.softcap, 0.0, call.left, call.right, True)

@@ -323,7 +323,7 @@ BAD = [
     ({"d_model": 25}, "d_model 25 must be a multiple of nhead 4"),
     ({"nhead": 0}, "nhead must be an int, 1 or more"),
     ({"dim_feedforward": 0}, "dim_feedforward must be an int"),
-    ({"head_dim": 257}, "head_dim must be from 1 to 256"),
+    ({"head_dim": 0}, "head_dim must be 1 or more"),
     ({"num_kv_heads": 3}, "nhead 4 must be a multiple of num_kv_heads 3"),
     ({"num_kv_heads": 0}, "num_kv_heads must be an int"),
     ({"attention_dropout": 1.5}, "attention_dropout must be in"),

@@ -69,7 +69,7 @@ def test_decoding_computes_the_memory_once(padded: bool, target):
         assert len(calls) == 4
         cache.reset()
         with pytest.raises(ValueError, match="memory must be given"):
-            layers[0](x, cache=cache)
+            layers[0](x, cache=cache, layer=0)
 
 
 @pytest.mark.parametrize("target", DEFAULT)
@@ -80,7 +80,7 @@ def test_prompts_of_different_lengths(paged: dict, target):
         layers = [EncoderLayer(*SIZES, causal=True, position="rotary", dtype=torch.float64).eval()]
         x, lengths = torch.randn(B, L, E, dtype=torch.float64), [6, 2, 4]
         cache = cache_for(layers, capacity=20, **paged)
-        layers[0](x[:, :6], cache=cache)
+        layers[0](x[:, :6], cache=cache, layer=0)
         cache.advance(lengths)
         following = torch.stack([row[n : n + 3] for row, n in zip(x, lengths, strict=True)])
         assert cache.positions(3)[1].tolist() == [2, 3, 4]
@@ -198,7 +198,7 @@ def test_prompts_are_computed_at_once():
     cache, x = cache_for([layer], page_size=16), torch.randn(B, L, E)
 
     def attending(part: Tensor) -> str:
-        (name,) = (call.op for call in pyllm.explain(layer, part, cache=cache) if "attention" in call.op)
+        (name,) = (call.op for call in pyllm.explain(layer, part, cache=cache, layer=0) if "attention" in call.op)
         cache.advance(part.shape[1])
         return name
 
@@ -274,7 +274,7 @@ def test_wrong_use_of_a_cache_is_named(state: dict, call: dict, error: type[Exce
     layer = EncoderLayer(*SIZES, **options).train(training)
     before = state_of(cache)
     with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
-        layer(torch.randn(B, L, E, dtype=options.get("dtype")), cache=cache, **call)
+        layer(torch.randn(B, L, E, dtype=options.get("dtype")), **{"cache": cache, "layer": 0} | call)
     for wrong in ([1], -1, [1, -1, 1]):
         with pytest.raises(ValueError, match="new must be a number"):
             cache.advance(wrong)
@@ -290,6 +290,6 @@ def test_generation_compiles_into_one_graph():
     with torch.no_grad():
         for token in x.split(1, 1):
             cache.reserve(1)
-            outs.append(compiled(token, cache=cache))
+            outs.append(compiled(token, cache=cache, layer=0))
             cache.advance(1)
         torch.testing.assert_close(torch.cat(outs, 1), layer(x))

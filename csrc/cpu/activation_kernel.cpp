@@ -38,6 +38,13 @@ inline Vec<C> value_of(Vec<C> h, Vec<C> s) {
   return h * s;
 }
 
+// The gradient of h from that of the value, g.
+template <Act act, class C>
+inline Vec<C> gradient_of(Vec<C> g, Vec<C> h, const Switch<C>& by) {
+  if constexpr (act == Act::relu) return h <= 0 ? Vec<C>{} : g;  // whatever g is, and an infinite h times a slope of 0
+  return g * (h * by.slope + by.s);
+}
+
 template <class T, Act act, bool gated>
 void forward(const ActivationForward& args, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -86,15 +93,15 @@ void backward(const ActivationBackward& args, int64_t chunk) {
     for_dropped_vectors<C>(args.dropout, row, n, [&](int64_t i, int count, Vec<C> keep) __attribute__((always_inline)) {
       Vec<C> h = load(gate + i, count);
       if (bias != nullptr) h += load(bias + i, count);
-      const auto [s, slope] = switch_of<act, C>(h);
+      const Switch<C> by = switch_of<act, C>(h);
       Vec<C> g = load(dy + i, count) * keep;
       if constexpr (gated) {
         Vec<C> u = load(up + i, count);
         if (bias != nullptr) u += load(bias + n + i, count);
-        write(dup + i, n + i, g * value_of<act, C>(h, s), count);
+        write(dup + i, n + i, g * value_of<act, C>(h, by.s), count);
         g *= u;
       }
-      write(dgate + i, i, g * (h * slope + s), count);
+      write(dgate + i, i, gradient_of<act, C>(g, h, by), count);
     });
     sums.end_row(row - begin, row + 1 == end);
   }

@@ -194,6 +194,19 @@ void exponentiate(int keys, C* scores, C& peak, C& total, C& rescale) {
   peak = now;
 }
 
+// out = rescale * out + weights . values, where a weight of 0 lets nothing through, not even NaN.
+template <class T, class C>
+void multiply_seen_values(int rows, int64_t dim, const C* weights, const T* values, int64_t stride, int64_t count,
+                          const C* rescale, C* out) {
+  for (int row = 0; row < rows; ++row, weights += kScoreRow, out += padded<C>(dim)) {
+    for_vectors<C>(dim, [&](int64_t d, int lanes) {
+      Vec<C> sum = load(out + d, lanes) * (rescale == nullptr ? 1 : rescale[row]);
+      for (int64_t j = 0; j < count; ++j) sum += weighed<C>(splat(weights[j]), load(values + j * stride + d, lanes));
+      store(out + d, sum, lanes);
+    });
+  }
+}
+
 template <class T, class Products>
 void decode(const AttentionDecode& call, int64_t task) {
   using C = Compute<T>;
@@ -235,10 +248,18 @@ void decode(const AttentionDecode& call, int64_t task) {
                     own);
       exponentiate(keys, own, peak[row], total[row], rescale[row]);
     }
+    // Whether the window of one of the queries ends among these keys.
+    const bool cut = (call.left >= 0 && shift + call.added - 1 - call.left > key) ||
+                     (call.right >= 0 && shift + call.right < key + keys - 1);
     for_runs<T>(call, call.value_cache, piece.sequence, key_head, key, key + keys, kTileKeys,
                 [&](int64_t at, int64_t count, const T* from) {
-                  products.multiply_values(scores + at, from, call.value_cache.row, count, at == 0 ? rescale : nullptr,
-                                           out);
+                  const int64_t stride = call.value_cache.row;
+                  const C* factor = at == 0 ? rescale : nullptr;
+                  if (!cut || all_finite(from, stride, count, call.dim)) {
+                    products.multiply_values(scores + at, from, stride, count, factor, out);
+                  } else {
+                    multiply_seen_values(rows, call.dim, scores + at, from, stride, count, factor, out);
+                  }
                 });
   }
   for (int row = 0; row < rows; ++row) {

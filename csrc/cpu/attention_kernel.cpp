@@ -14,6 +14,7 @@ class PlainProducts {
  public:
   using Storage = T;
   using C = Compute<T>;
+  using KeyRow = C;
 
   // Of the block: (queries, padded head_dim), and the transpose (head_dim, kQueryBlock).
   struct Operand {

@@ -24,6 +24,7 @@ class PairProducts {
  public:
   using Storage = BFloat16;
   using C = float;
+  using KeyRow = BFloat16;
 
   // Of the block, as words: pairs of queries (queries / 2, padded head_dim), 0 up to a whole panel of queries; and
   // pairs along head_dim (head_dim / 2, kQueryBlock), 0 up to a whole panel of head_dim.

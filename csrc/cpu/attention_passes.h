@@ -127,7 +127,8 @@ void forward(const AttentionForward& args, int64_t task) {
   bool begun = false;
   for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
     const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
-    if (!make_scores(products, call, block, key, keys, scores, static_cast<C*>(nullptr))) continue;
+    const Left left = make_scores(products, call, block, key, keys, scores, static_cast<C*>(nullptr));
+    if (left == Left::nothing) continue;
     with_dropout<C>(call, block, key, keys, [&](auto keep) { exponentiate(block, keys, scores, softmax, keep); });
     if (begun) {
       for_lanes<C>(block, [&](int i) {
@@ -136,7 +137,7 @@ void forward(const AttentionForward& args, int64_t task) {
           store(out + d * kQueryBlock + i, load(out + d * kQueryBlock + i) * rescale);
       });
     }
-    products.sum_over_keys(call.value, key, keys, scores, !begun, out);
+    sum_over_keys(products, block, call.dim, left, call.value, key, keys, scores, !begun, out);
     begun = true;
   }
   C* lse = static_cast<C*>(args.lse) + statistics_index(call, block);
@@ -147,7 +148,7 @@ void forward(const AttentionForward& args, int64_t task) {
     const Vec<C> total = load(softmax.total + i), factor = scale / total;
     for (int64_t d = 0; d < call.dim; ++d) {
       C* sum = out + d * kQueryBlock + i;
-      store(sum, total > 0 ? load(sum) * factor : Vec<C>{});
+      store(sum, total == 0 ? Vec<C>{} : load(sum) * factor);  // a NaN is no empty row
     }
   });
   T* to = args.out.at<T>(block.sequence->batch, block.head, block.query_row());
@@ -178,12 +179,14 @@ void load_block(const AttentionBackward& args, const Block& block, Products& pro
 
 // The tile's P (with dropout, but not its scale) and dS, transposed, and what `make_scores` makes and returns.
 template <class Products, class C>
-bool score_gradients(const Products& products, const Attention& call, const Block& block, const Rows<C>& rows,
+Left score_gradients(const Products& products, const Attention& call, const Block& block, const Rows<C>& rows,
                      int64_t key, int keys, C* p, C* ds, C* derivatives) {
-  if (!make_scores(products, call, block, key, keys, p, derivatives)) return false;
+  const Left left = make_scores(products, call, block, key, keys, p, derivatives);
+  if (left == Left::nothing) return left;
   products.multiply_keys(call.value, key, keys, products.dout, static_cast<C>(call.dropout.scale), ds);
   // The rounding of lse and of out moves a whole row; where all of the row is here, its own sums are used instead.
   const bool whole = key == block.begin && key + keys == block.end;
+  const Vec<C> none = splat(left == Left::all ? C{-1} : C{0});  // the weight of what is not seen; where all is, of none
   Softmax<C> softmax;
   if (whole) exponentiate(block, keys, p, softmax, [](Vec<C> e, int, int) { return e; });
   with_dropout<C>(call, block, key, keys, [&](auto keep) {
@@ -192,12 +195,13 @@ bool score_gradients(const Products& products, const Attention& call, const Bloc
       const Vec<C> dlse = load(rows.dlse + i);
       const auto finish = [&](int j, Vec<C> weight, Vec<C> delta) {
         store(at(p, j), keep(weight, j, i));
-        store(at(ds, j), weight * ((keep(load(at(ds, j)), j, i) - delta) + dlse));
+        store(at(ds, j), weighed<C>(weight, (keep(load(at(ds, j)), j, i) - delta) + dlse, none));
       };
       if (whole) {
-        const Vec<C> sum = load(softmax.total + i), total = sum > 0 ? sum : splat(C{1});
+        const Vec<C> sum = load(softmax.total + i), total = sum == 0 ? splat(C{1}) : sum;
         const Vec<C> delta =
-            sum_of_runs<C>(keys, [&](int j) { return load(at(p, j)) * keep(load(at(ds, j)), j, i); }) / total;
+            sum_of_runs<C>(keys, [&](int j) { return weighed<C>(load(at(p, j)), keep(load(at(ds, j)), j, i), none); }) /
+            total;
         for (int j = 0; j < keys; ++j) finish(j, load(at(p, j)) / total, delta);
       } else {
         const Vec<C> lse = load(rows.lse + i), delta = load(rows.delta + i);
@@ -205,7 +209,7 @@ bool score_gradients(const Products& products, const Attention& call, const Bloc
       }
     });
   });
-  return true;
+  return left;
 }
 
 // Adds the sums of dS by distance to `totals`, (2 * reach + 1).
@@ -284,7 +288,8 @@ void backward(const AttentionBackward& args, int64_t task) {
     std::memset(dquery, 0, width * kQueryBlock * sizeof(C));
     for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
       const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
-      if (!score_gradients(products, call, block, rows, key, keys, p, ds, derivatives)) continue;
+      const Left left = score_gradients(products, call, block, rows, key, keys, p, ds, derivatives);
+      if (left == Left::nothing) continue;
       if (args.bias_partials != nullptr) sum_by_distance(call, block, key, keys, ds, bias_sums(block.head));
       if (const ScoreMask& to = args.dmask; to.data) {
         const int64_t offset = sequence.index * to.sequence + block.head * to.head + block.first * to.row + key;
@@ -293,13 +298,13 @@ void backward(const AttentionBackward& args, int64_t task) {
       if (derivatives != nullptr) {
         for (int j = 0; j < keys; ++j) {
           for_lanes<C>(block, [&, at = j * kQueryBlock](int i) {
-            store(ds + at + i, load(ds + at + i) * load(derivatives + at + i));
+            store(ds + at + i, weighed<C>(load(ds + at + i), load(derivatives + at + i)));
           });
         }
       }
-      products.sum_over_queries(keys, p, products.dout, dvalue + key * width);
-      products.sum_over_queries(keys, ds, products.query, dkey + key * width);
-      products.sum_over_keys(call.key, key, keys, ds, false, dquery);
+      sum_over_queries(products, block, call.dim, left, keys, p, args.dout, products.dout, dvalue + key * width);
+      sum_over_queries(products, block, call.dim, left, keys, ds, call.query, products.query, dkey + key * width);
+      sum_over_keys(products, block, call.dim, left, call.key, key, keys, ds, false, dquery);
     }
     for (int64_t i = 0; i < width * kQueryBlock; i += kLanes<C>)
       store(dquery + i, load(dquery + i) * static_cast<C>(call.scale));
@@ -349,7 +354,8 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
         for (int64_t key = begin; key < end; key += kKeyBlock) {
           // Where the columns are not broadcast, a key's row of `sums` is its place in the tile.
           const int keys = end - key < kKeyBlock ? static_cast<int>(end - key) : kKeyBlock;
-          if (!score_gradients(products, call, block, rows, key, keys, p, ds, static_cast<C*>(nullptr))) continue;
+          if (score_gradients(products, call, block, rows, key, keys, p, ds, static_cast<C*>(nullptr)) == Left::nothing)
+            continue;
           C* to = sums + (args.columns == 1 ? 0 : key - column_begin) * kQueryBlock;
           for (int j = 0; j < keys; ++j) {
             for_lanes<C>(

@@ -186,15 +186,19 @@ void load_biases(const Attention& call, const Block& block, int64_t key, int key
   });
 }
 
+// What the masks leave of a tile. Where it may be less than all, weights of 0 have to keep out what keys hold that are
+// not seen.
+enum class Left { nothing, some, all };
+
 // Scores (keys, kQueryBlock) of the keys from `key` on. With a softcap, `derivatives`, unless null, receives those of
-// the capped products by the plain ones. Returns false, with the tile undefined, where the mask leaves nothing of it.
+// the capped products by the plain ones. Where nothing is left, the tile is undefined.
 template <class Products, class C>
-bool make_scores(const Products& products, const Attention& call, const Block& block, int64_t key, int keys, C* scores,
+Left make_scores(const Products& products, const Attention& call, const Block& block, int64_t key, int keys, C* scores,
                  C* derivatives) {
   C* added = nullptr;
   if (call.mask.data) {
     added = scratch<C, 7>(kKeyBlock * kQueryBlock);
-    if (!load_mask(call.mask, block, key, keys, added)) return false;
+    if (!load_mask(call.mask, block, key, keys, added)) return Left::nothing;
   }
   const bool capped = call.softcap != 0;
   const C softcap = static_cast<C>(call.softcap);
@@ -207,9 +211,10 @@ bool make_scores(const Products& products, const Attention& call, const Block& b
     const int64_t high = call.left < 0 ? kQueryBlock : same + call.left;
     return low > 0 || high < block.count - 1;
   };
-  const bool biased = static_cast<bool>(call.biases), moved = biased || cut(0) || cut(keys - 1);
+  const bool biased = static_cast<bool>(call.biases), banded = cut(0) || cut(keys - 1), moved = biased || banded;
+  Left left = banded || added != nullptr ? Left::some : Left::all;
   const bool* ignored = ignored_keys(call, *block.sequence);
-  if (!capped && !moved && added == nullptr && ignored == nullptr) return true;
+  if (!capped && !moved && added == nullptr && ignored == nullptr) return left;
   ByDistance<C> biases;
   if (moved) load_biases(call, block, key, keys, biases);
   for (int j = 0; j < keys; ++j) {
@@ -223,10 +228,14 @@ bool make_scores(const Products& products, const Attention& call, const Block& b
     }
     if (ignored != nullptr && ignored[key + j]) {
       for_lanes<C>(block, [&](int i) { store(row + i, splat(-kInfinity<C>)); });
+      left = Left::some;
       continue;
     }
     if (added != nullptr) {
-      for_lanes<C>(block, [&](int i) { store(row + i, load(row + i) + load(added + j * kQueryBlock + i)); });
+      for_lanes<C>(block, [&](int i) {
+        const Vec<C> mask = load(added + j * kQueryBlock + i);
+        store(row + i, mask == -kInfinity<C> ? mask : load(row + i) + mask);
+      });
     }
     if (biased || cut(j)) {
       for_lanes<C>(block, [&](int i) {
@@ -235,7 +244,57 @@ bool make_scores(const Products& products, const Attention& call, const Block& b
       });
     }
   }
-  return true;
+  return left;
+}
+
+// --- products with weights of a tile, where a weight of 0 lets nothing through, not even NaN ---
+
+// Whether no element of a matrix is infinite or NaN.
+template <class T>
+bool all_finite(const T* from, int64_t stride, int64_t rows, int64_t columns) {
+  using C = Compute<T>;
+  Vec<C> zeros[4] = {};
+  for (int64_t row = 0; row < rows; ++row)
+    for_vectors<C>(columns, [&](int64_t i, int count) { zeros[row % 4] += load(from + row * stride + i, count) * 0; });
+  return sum<C>((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == 0;
+}
+
+// As Products::sum_over_keys.
+template <class Products, class C>
+void sum_over_keys(const Products& products, const Block& block, int64_t dim, Left left, const Keys& keys, int64_t key,
+                   int count, const C* tile, bool set, C* to) {
+  using Row = typename Products::KeyRow;
+  const Row* rows = keys.rows.at<const Row>(block.sequence->batch, block.key_head, block.key_row(key));
+  const int64_t stride = keys.rows.row;
+  if (left == Left::all || all_finite(rows, stride, count, dim))
+    return products.sum_over_keys(keys, key, count, tile, set, to);
+  for (int64_t d = 0; d < dim; ++d) {
+    for_lanes<C>(block, [&](int i) {
+      Vec<C> sum = set ? Vec<C>{} : load(to + d * kQueryBlock + i);
+      for (int j = 0; j < count; ++j)
+        sum += weighed<C>(load(tile + j * kQueryBlock + i), splat(load(rows + j * stride + d, 1)[0]));
+      store(to + d * kQueryBlock + i, sum);
+    });
+  }
+}
+
+// As Products::sum_over_queries; by: the block's rows of `queries`.
+template <class Products, class C>
+void sum_over_queries(const Products& products, const Block& block, int64_t dim, Left left, int count, const C* tile,
+                      const Heads& queries, const typename Products::Operand& by, C* to) {
+  using T = typename Products::Storage;
+  const T* rows = queries.at<const T>(block.sequence->batch, block.head, block.query_row());
+  if (left == Left::all || all_finite(rows, queries.row, block.count, dim))
+    return products.sum_over_queries(count, tile, by, to);
+  for (int j = 0; j < count; ++j, to += padded<C>(dim)) {
+    for (int row = 0; row < block.count; ++row) {
+      const C weight = tile[j * kQueryBlock + row];
+      if (weight == 0) continue;
+      for_vectors<C>(dim, [&](int64_t d, int lanes) {
+        store(to + d, load(to + d, lanes) + load(rows + row * queries.row + d, lanes) * weight, lanes);
+      });
+    }
+  }
 }
 
 // Dropout of a tile, without its scale. Lanes are queries, so each Philox call serves eight rows of the tile; its words

@@ -28,11 +28,9 @@ struct RowSums {
   C weighted = 0;  // of weight * (x - origin)
 
   void merge(C other_peak, C other_total) {
-    if (other_peak > peak) {
-      total *= std::exp(peak - other_peak);
-      peak = other_peak;
-    }
-    if (other_peak != -kInf<C>) total += other_total * std::exp(other_peak - peak);
+    const C top = other_peak > peak ? other_peak : peak, shift = shift_of(top);
+    total = total * std::exp(peak - shift) + other_total * std::exp(other_peak - shift);
+    peak = top;
   }
 };
 
@@ -83,7 +81,7 @@ struct Coefficients {
 template <class C, class T>
 void write_gradient(const T* x, T* dx, int64_t n, int64_t target, const Coefficients<C>& k, const C* weight) {
   const auto gradient = [&](int64_t i, int count) {
-    const Vec<C> softmax = exp(load(x + i, count) - k.shift) * k.a;
+    const Vec<C> softmax = k.a == 0 ? Vec<C>{} : exp(load(x + i, count) - k.shift) * k.a;  // a row may be ignored
     return weight == nullptr ? softmax - k.c : softmax - load(weight + i, count) * k.c;
   };
   const bool inside = target >= 0 && target < n;

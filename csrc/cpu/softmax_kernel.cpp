@@ -8,14 +8,16 @@ namespace pyllm::PYLLM_ISA {
 
 namespace {
 
-// scores += the mask's row, or = -inf where a boolean mask has 0
+template <class C>
+constexpr C kInf = std::numeric_limits<C>::infinity();
+
+// scores += the mask's row, or = -inf where that has -inf or, boolean, 0
 template <class C>
 void add_mask(const SoftmaxForward& args, int64_t offset, int64_t n, C* scores) {
   const bool broadcast = args.mask.last_stride == 0;
   if (args.mask.data.dtype == DType::boolean) {
     const uint8_t* mask = args.mask.data.as<const uint8_t>() + offset;
-    constexpr C inf = std::numeric_limits<C>::infinity();
-    for (int64_t i = 0; i < n; ++i) scores[i] = mask[broadcast ? 0 : i] ? scores[i] : -inf;
+    for (int64_t i = 0; i < n; ++i) scores[i] = mask[broadcast ? 0 : i] ? scores[i] : -kInf<C>;
     return;
   }
   visit_dtype(args.mask.data.dtype, [&](auto type) {
@@ -25,10 +27,14 @@ void add_mask(const SoftmaxForward& args, int64_t offset, int64_t n, C* scores) 
       M value[kLanes<C>];
       for (M& lane : value) lane = *mask;
       for_vectors<C>(n, [&](int64_t i, int count) {
-        store(scores + i, load(scores + i, count) + (broadcast ? load(value) : load(mask + i, count)), count);
+        const Vec<C> added = broadcast ? load(value) : load(mask + i, count);
+        store(scores + i, added == -kInf<C> ? added : load(scores + i, count) + added, count);
       });
     } else if constexpr (std::is_same_v<M, float>) {
-      for (int64_t i = 0; i < n; ++i) scores[i] += mask[broadcast ? 0 : i];
+      for (int64_t i = 0; i < n; ++i) {
+        const C added = mask[broadcast ? 0 : i];
+        scores[i] = added == -kInf<C> ? added : scores[i] + added;
+      }
     }
   });
 }
@@ -36,7 +42,7 @@ void add_mask(const SoftmaxForward& args, int64_t offset, int64_t n, C* scores) 
 template <class T>
 void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  constexpr C inf = std::numeric_limits<C>::infinity();
+  constexpr C inf = kInf<C>;
   const C scale = static_cast<C>(args.scale);
   const bool masked = static_cast<bool>(args.mask.data);
   for (int64_t row = begin; row < end; ++row) {
@@ -77,17 +83,16 @@ void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
                       if (!args.log) store(scores + i, e, count);
                       terms[0] += first<C>(e, count);
                     }).value[0];
+    const C log_total =
+        total == 0 || !args.log ? 0 : std::log(total);  // apart from shift, beside which it would lose its digits
+    const C norm = total == 0 ? 0 : 1 / total;
     if (args.log) {
-      const C log_total = std::log(total);  // apart from shift, beside which it would lose its digits
-      write_row<C>(y, n, args.past_caches, [&](int64_t i, int count) {
-        const Vec<C> s = load(source + i, count);
-        return s == -inf ? s : s - shift - log_total;
-      });
+      write_row<C>(y, n, args.past_caches,
+                   [&](int64_t i, int count) { return load(source + i, count) - shift - log_total; });
     } else {
-      const C norm = total == 0 ? 0 : 1 / total;
       write_row<C>(y, n, args.past_caches, [&](int64_t i, int count) { return load(scores + i, count) * norm; });
     }
-    const Vec<C> removed = splat(args.log ? -inf : C{0});
+    const Vec<C> removed = splat(args.log ? -inf - log_total : 0 * norm);  // NaN as the rest of the row
     for_vectors<C>(args.width - n, [&](int64_t i, int count) { store(y + n + i, removed, count); });
   }
   end_streams();
@@ -96,7 +101,7 @@ void forward(const SoftmaxForward& args, int64_t begin, int64_t end) {
 template <class T>
 void backward(const SoftmaxBackward& args, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  constexpr C inf = std::numeric_limits<C>::infinity();
+  constexpr C inf = kInf<C>;
   const C scale = static_cast<C>(args.scale);
   const int64_t n = args.width;
   for (int64_t row = begin; row < end; ++row) {

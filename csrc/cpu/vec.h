@@ -172,6 +172,12 @@ inline Vec<C> first(Vec<C> v, int count) {
   return count == kLanes<C> ? v : load(reinterpret_cast<const C*>(&v), count);
 }
 
+// weight * v, and 0 where the weight is `none`, whatever v is there.
+template <class C>
+inline Vec<C> weighed(Vec<C> weight, Vec<C> v, Vec<C> none = Vec<C>{}) {
+  return weight == none ? Vec<C>{} : weight * v;
+}
+
 // body(i, count) for each vector of a row of n: count is the number of lanes, fewer in the last one.
 template <class C, class Body>
 [[gnu::always_inline]] inline void for_vectors(int64_t n, Body&& body) {
@@ -351,7 +357,8 @@ struct Normal {
 // The tail beyond a = |x| is exp(-a^2 / 2) times a polynomial in u = a / (a + 5), fitted to 2e-9 of 1 (the form is that
 // of Hastings, 1955): one exponential for both, and near 0, where u is small, no rounding error but the last ones.
 inline Normal<float> normal(Vec<float> x) {
-  const Vec<float> a = x < 0.0f ? -x : x;
+  Vec<float> a = bit_cast<Vec<float>>(bit_cast<Vec<uint32_t>>(x) & 0x7FFFFFFF);
+  a = a > 100.0f ? splat(100.0f) : a;  // an infinite one would make a NaN of u
   const Vec<float> u = a / (a + 5.0f);
   const Vec<float> power = exp(a * a * -0.5f);
   Vec<float> p = u * 1.096927702f - 3.662131140f;

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     DiagonalSums<T, D> diagonals(call.distances);
     sync_block();  // nobody reads the tile before
     if (threadIdx.x == 0) memory.key_block()[0] = keys;
-    if (items > 0) memory.copy_keys(call, s, keys.key_head, keys.key_tile);
+    if (items > 0) memory.copy_keys(call, s, keys.key_head, keys.key_tile, keys.ignored);
     copy_item(keys, 0);
     for (int item = 0; item < items; ++item) {
       if (item == 0) sync_block();  // what is known of the keys is there

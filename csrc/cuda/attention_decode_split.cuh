@@ -68,6 +68,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
   const int first_row = tile * R, rows = min(R, args.group() * args.queries - first_row);
   const int total = load(args.lengths + sequence) + args.added, shift = total - args.queries;
   const KeyRange keys = share_of_keys(keys_in_window(total, args.queries, args.left), share, args.plan.shares, STEP);
+  // Weights of 0 do not keep out NaN: what comes before the first query's window is not read.
+  const int seen = args.left < 0 ? 0 : static_cast<int>(max(int64_t{0}, int64_t{shift} - args.left));
   const int warp = static_cast<int>(threadIdx.x) / kWarp, group = lane_id() / L, lane = lane_id() % L;
 
   Shared<float> sSums = shared_memory<float>(0, kDecodeWarps * R * D);  // [warp][row][D]; before that, sQuery
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
         for (int c = 0; c < C; ++c) {
           const int row = u * G + group, column = (c * L + lane) * E;
           out[u][c] = Chunk<T, E>{};
-          if (first + row < keys.end && column < args.dim)
+          if (first + row >= seen && first + row < keys.end && column < args.dim)
             out[u][c] = load<Load::streaming>(reinterpret_cast<const Chunk<T, E>*>(rows_of + row * stride + column));
         }
     };

@@ -157,8 +157,9 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
   if (threadIdx.x == 0) facts[0] = all;
   const Tile<T, kQueries, D> queries(0);
   const Tile<T, kKeyTile, D> keys(queries.kBytes), values(queries.kBytes + keys.kBytes);
-  const auto copy = [&](const Tile<T, kKeyTile, D>& to, const Block& block, const T* from, int64_t stride, int tile) {
-    to.template copy_rows<kThreads>(from + tile * stride, stride, block.s.sk - tile, call.dim);
+  const auto copy = [&](const Tile<T, kKeyTile, D>& to, const Block& block, const T* from, int64_t stride, int tile,
+                        uint64_t left_out) {
+    to.template copy_rows<kThreads>(from + tile * stride, stride, block.s.sk - tile, call.dim, left_out);
     commit_copies();
   };
   // The first tile from `tile` on that has a key which is not ignored, and which those are.
@@ -183,12 +184,13 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
   int tile = seek(s, seen.begin / kKeyTile * kKeyTile);
   queries.template copy_rows<kThreads>(call.query.at<const T>(s.batch, head, s.query + first), call.query.row, rows,
                                        call.dim);
-  copy(keys, all, all.keys, call.key.row, tile);
+  copy(keys, all, all.keys, call.key.row, tile, 0);
   while (tile < seen.end) {
     wait_copies<0>();
     sync_block();  // keys are there, and nobody reads the values before these
     Block block = facts[0];
-    copy(values, block, block.values, call.value.row, tile);
+    // Weights of 0 do not keep out NaN: values that no query of the block sees are not copied.
+    copy(values, block, block.values, call.value.row, tile, ignored | outside(seen, tile));
     Operand<M, kKeyTile / kMatrix> weights;
     if (works) {
       float scores[M][kKeyTile / 8][4];
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
     sync_block();  // values are there, and nobody reads the keys any more
     block = facts[0];
     const int next = seek(block.s, tile + kKeyTile);
-    if (next < seen.end) copy(keys, block, block.keys, call.key.row, next);
+    if (next < seen.end) copy(keys, block, block.keys, call.key.row, next, 0);
     if (works) multiply_weights<T>(weights, values, opaque(0), out);
     tile = next;
   }

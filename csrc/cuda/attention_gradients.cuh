@@ -40,9 +40,12 @@ struct BackwardMemory {
 
   __device__ Shared<KeyBlock> key_block() const { return shared_memory<KeyBlock>(kTile.last_buffer(D), 1); }
 
-  __device__ void copy_keys(const Attention& call, const Sequence& s, int head, int tile) const {
+  // ignored: weights of 0 do not keep out NaN, so keys that no query sees are not copied.
+  __device__ void copy_keys(const Attention& call, const Sequence& s, int head, int tile, uint64_t ignored) const {
+    const uint64_t left_out = ignored | outside(keys_seen(call, s, 0, s.sq - 1), tile);
     const auto copy = [&](const Keys& to, const Heads& from) {
-      to.template copy_rows<kThreads>(from.at<const T>(s.batch, head, s.key + tile), from.row, s.sk - tile, call.dim);
+      to.template copy_rows<kThreads>(from.at<const T>(s.batch, head, s.key + tile), from.row, s.sk - tile, call.dim,
+                                      left_out);
     };
     copy(keys, call.key);
     copy(values, call.value);

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
         for (int query = max(row, seeing.begin / kQueries * kQueries); query < min(query_end, seeing.end);
              query += kQueries) {
           sync_block();  // nobody reads the tiles before
-          if (!copied) memory.copy_keys(call, s, keys.key_head, key);
+          if (!copied) memory.copy_keys(call, s, keys.key_head, key, keys.ignored);
           copied = true;
           memory.copy_queries(args.backward, s, head, query, 0);
           commit_copies();

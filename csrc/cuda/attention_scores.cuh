@@ -42,6 +42,13 @@ __device__ inline uint64_t ignored_keys(const Attention& call, const Sequence& s
   return uint64_t{vote_ballot(ignored(tile + kWarp + lane_id()))} << 32 | low;
 }
 
+// Bit j says whether key tile + j is outside of a range.
+__device__ inline uint64_t outside(const Range& range, int tile) {
+  const int begin = max(0, range.begin - tile), end = range.end - tile;
+  const uint64_t before = begin < 64 ? (uint64_t{1} << begin) - 1 : ~uint64_t{0};
+  return end <= 0 ? ~uint64_t{0} : end < 64 ? before | ~uint64_t{0} << end : before;
+}
+
 // Scores of one sequence and head with everything that is added to them.
 template <class T>
 class Scoring {
@@ -63,7 +70,10 @@ class Scoring {
       score = call_.softcap * tanh;
       derivative = 1 - tanh * tanh;
     }
-    if (call_.mask.data) score += mask(i, j);
+    if (call_.mask.data) {
+      const float added = mask(i, j);
+      score = added == -kInfinity ? added : score + added;
+    }
     const int distance = j - i - shift_;
     if (bias_ != nullptr) score += load(bias_ + max(-reach_, min(reach_, distance)));
     return (score - slope_ * static_cast<float>(abs(distance))) * kLog2E;

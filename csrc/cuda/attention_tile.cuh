@@ -55,15 +55,17 @@ class Tile {
         pairs_(shared_memory<uint32_t>(byte_offset, ROWS * COLUMNS / 2)),
         chunks_(shared_memory<Chunk<T, 8>>(byte_offset, ROWS * kChunks)) {}
 
-  // Begins to copy `rows` rows of `dim` numbers; zeros where there are no more. All THREADS of the block take part.
+  // Begins to copy `rows` rows of `dim` numbers; zeros where there are no more, and where bit `row` of `left_out` is
+  // set. All THREADS of the block take part.
   template <int THREADS>
-  __device__ void copy_rows(const T* from, int64_t stride, int rows, int dim) const {
+  __device__ void copy_rows(const T* from, int64_t stride, int rows, int dim, uint64_t left_out = 0) const {
     static_assert(ROWS * kChunks % THREADS == 0);
 #pragma unroll 1
     for (int i = 0; i < ROWS * kChunks; i += THREADS) {
       const int row = (i + static_cast<int>(threadIdx.x)) / kChunks,
                 chunk = (i + static_cast<int>(threadIdx.x)) % kChunks;
-      copy_async(numbers_, 8 * place(row, chunk), from + row * stride + 8 * chunk, 8, row < rows && 8 * chunk < dim);
+      const bool present = row < rows && 8 * chunk < dim && (ROWS > 64 || (left_out >> row & 1) == 0);
+      copy_async(numbers_, 8 * place(row, chunk), from + row * stride + 8 * chunk, 8, present);
     }
   }
 

@@ -58,7 +58,7 @@ __device__ inline RowView view_row(const SoftmaxForward& args, int64_t row) {
   return view;
 }
 
-// scores += the mask's chunk, or = -inf where a boolean mask has 0
+// scores += the mask's chunk, or = -inf where that has -inf or, boolean, 0
 template <class T, int E>
 __device__ inline void add_mask(const SoftmaxForward& args, const RowView& view, int column, float (&scores)[E]) {
   const bool broadcast = args.mask.last_stride == 0;
@@ -72,7 +72,10 @@ __device__ inline void add_mask(const SoftmaxForward& args, const RowView& view,
     float mask[E];
     load_floats<T, false>(args.mask.data, view.mask, first, columns, mask);
 #pragma unroll
-    for (int e = 0; e < E; ++e) scores[e] += broadcast ? mask[0] : mask[e];
+    for (int e = 0; e < E; ++e) {
+      const float added = broadcast ? mask[0] : mask[e];
+      scores[e] = added == -kInfinity ? added : scores[e] + added;
+    }
   }
 }
 

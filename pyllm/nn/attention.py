@@ -7,18 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops
-from pyllm.nn.memory import Source, linear
+from pyllm.nn.memory import Source, branch_linear, linear
 from pyllm.nn.packing import Packing
+from pyllm.nn.plain import LINEAR, is_unchanged
+from pyllm.nn.tracing import drop_in
 from pyllm.ops.attention_weights import attention_and_weights
 
 
+@drop_in
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """Replaces torch.nn.MultiheadAttention: same constructor, parameters, masks, return values.
 
     What differs: a query with nothing to attend to gets 0 before the output projection, and weights of 0, where torch
     gives NaN. The output is that of the fused kernel, with or without need_weights, which adds the matrix of weights;
     without it no such matrix exists in memory, in training either. The packed projection is read in place for both
-    batch_first. Masks of different types may be mixed without a warning. NestedTensors are refused.
+    batch_first. Masks of different types may be mixed without a warning. NestedTensors are refused. Where out_proj has
+    hooks or is a module of the user's, it is called, where torch only reads its weight.
     """
 
     def forward(
@@ -43,14 +47,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         masks = (attn_mask, key_padding_mask, is_causal)
         out, weights = self._merged(query, key, value, None, *masks, need_weights, average_attn_weights)
-        return linear(out, self.out_proj.weight, self.out_proj.bias), weights
+        if is_unchanged(self.out_proj, *LINEAR):
+            return linear(out, self.out_proj.weight, self.out_proj.bias), weights
+        return self.out_proj(out), weights
 
     def branch(
         self, x: Tensor, memory: Tensor, source: Source | None, attn_mask, key_padding_mask, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of x over memory without weights, and the bias that is yet to be added. source: how x is made."""
         out, _ = self._merged(x, memory, memory, source, attn_mask, key_padding_mask, is_causal, False, False)
-        return linear(out, self.out_proj.weight), self.out_proj.bias
+        return branch_linear(out, self.out_proj)
 
     def packed_branch(
         self, x: Tensor, source: Source | None, packing: Packing, is_causal: bool
@@ -60,7 +66,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         qkv = self._project(x, x, x, source)
         out = ops.attention_varlen(*qkv, *bounds, is_causal=is_causal, dropout_p=dropout_p)
-        return linear(out.flatten(-2), self.out_proj.weight), self.out_proj.bias
+        return branch_linear(out.flatten(-2), self.out_proj)
 
     def _merged(
         self, query, key, value, source, attn_mask, key_padding_mask, is_causal, need_weights, average_attn_weights
@@ -167,7 +173,8 @@ def _product(
     x: Tensor, source: Source | None, weight: Tensor, bias: Tensor | None, parts: int, heads: int
 ) -> tuple[Tensor, ...]:
     """x weight^T + bias (..., parts * E) as `parts` views (..., H, D)."""
-    return linear(x, weight, bias, source).unflatten(-1, (parts, heads, -1)).unbind(-3)
+    head_dim = weight.shape[0] // (parts * heads)  # not inferred: other sizes may be 0
+    return linear(x, weight, bias, source).unflatten(-1, (parts, heads, head_dim)).unbind(-3)
 
 
 def _sdpa_masks(attn_mask, key_padding_mask, batch: int, heads: int) -> tuple[Tensor | None, Tensor | None]:

@@ -1,18 +1,21 @@
 """DecoderLayer, the configurable block; TransformerDecoderLayer and TransformerDecoder, torch.nn's by these names."""
 
-from copy import deepcopy
 from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from pyllm.nn.cache import KVCache
 from pyllm.nn.encoder import EncoderLayer, causal_hint
+from pyllm.nn.norm import RMSNorm
 from pyllm.nn.residual import ResidualLayer, Sublayer, of_module, run_sublayers
 from pyllm.nn.self_attention import CrossAttention
+from pyllm.nn.tracing import drop_in, leaf
 from pyllm.ops import RelativeBias
 
 
+@leaf
 class DecoderLayer(EncoderLayer):
     """`EncoderLayer`, causal by default, with cross-attention before the feed-forward unless cross=False.
 
@@ -34,7 +37,7 @@ class DecoderLayer(EncoderLayer):
         if cross and self.parallel_residual:
             raise ValueError("parallel_residual has no place for cross-attention: cross must be False")
         self.cross_attn = CrossAttention(d_model, self.self_attn) if cross else None
-        self.cross_attn_norm = deepcopy(self.self_attn_norm) if cross else None
+        self.cross_attn_norm = _norm_like(self.self_attn_norm) if cross else None
 
     def forward(
         self,
@@ -49,7 +52,7 @@ class DecoderLayer(EncoderLayer):
         rotary: tuple[Tensor, Tensor] | None = None,
         relative_bias: RelativeBias | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
+        layer: int | None = None,
     ) -> Tensor:
         """tgt (B, T, d_model), memory (B, S, d_model) unless cross=False; tgt's shape comes back.
 
@@ -64,12 +67,20 @@ class DecoderLayer(EncoderLayer):
         if self.cross_attn is None:
             if any(given is not None for given in (memory, memory_mask, memory_key_padding_mask)):
                 raise ValueError("memory and its masks must not be given to a layer with cross=False")
-            return self._run(tgt, attending, feeding)
+            return self._run(tgt, cache, attending, feeding)
         args = (memory, memory_mask, memory_key_padding_mask, cache, layer)
         crossing = Sublayer(of_module(self.cross_attn, CrossAttention), args, self.dropout, self.cross_attn_norm)
-        return self._run(tgt, attending, crossing, feeding)
+        return self._run(tgt, cache, attending, crossing, feeding)
 
 
+def _norm_like(norm: Module) -> Module:
+    """A new one; a copy of fake parameters would belong to a mode of its own."""
+    bias = {} if isinstance(norm, RMSNorm) else {"bias": norm.bias is not None}
+    factory = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+    return type(norm)(norm.normalized_shape, norm.eps, **bias, **factory)
+
+
+@drop_in
 class TransformerDecoderLayer(ResidualLayer, torch.nn.TransformerDecoderLayer):
     """Replaces torch.nn.TransformerDecoderLayer: same constructor, parameters, masks, numbers.
 
@@ -110,6 +121,7 @@ class TransformerDecoderLayer(ResidualLayer, torch.nn.TransformerDecoderLayer):
         return run_sublayers(tgt, None, sublayers, self.norm_first, self.save)[0]
 
 
+@drop_in
 class TransformerDecoder(torch.nn.TransformerDecoder):
     """Replaces torch.nn.TransformerDecoder: same constructor, parameters, numbers.
 
@@ -136,6 +148,6 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             memory_mask,
             tgt_key_padding_mask,
             memory_key_padding_mask,
-            causal_hint(tgt_is_causal),
+            causal_hint(tgt_is_causal, tgt_mask),
             memory_is_causal,
         )

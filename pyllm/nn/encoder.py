@@ -11,18 +11,20 @@ from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from pyllm.nn.attention import MultiheadAttention
 from pyllm.nn.cache import KVCache
-from pyllm.nn.feedforward import FeedForward
+from pyllm.nn.feedforward import FeedForward, fuses
 from pyllm.nn.memory import Source, check_plan
 from pyllm.nn.norm import LayerNorm, RMSNorm
-from pyllm.nn.packing import Packing, pad, take
-from pyllm.nn.plain import is_plain
-from pyllm.nn.residual import ResidualLayer, Sublayer, of_module, run_parallel, run_sublayers
+from pyllm.nn.packing import Packing, pad, readable, take
+from pyllm.nn.plain import LINEAR, is_plain, is_unchanged
+from pyllm.nn.residual import ResidualLayer, Sublayer, is_row_norm, of_module, run_parallel, run_sublayers
 from pyllm.nn.self_attention import SelfAttention
+from pyllm.nn.tracing import drop_in, leaf
 from pyllm.ops import RelativeBias
 
 _PACKED_SHARE = 0.9  # of tokens in a padded batch, up to which moving them twice pays
 
 
+@leaf
 class EncoderLayer(Module):
     """The configurable block: self-attention and a feed-forward network, each with residual, dropout and norm.
 
@@ -132,7 +134,7 @@ class EncoderLayer(Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         relative_bias: RelativeBias | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
+        layer: int | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
         """src (B, S, d_model), or (T, d_model) with packing; the same shape comes back.
@@ -141,13 +143,14 @@ class EncoderLayer(Module):
         With position="rotary", positions (S,) or (B, S) of integers, by default 0 to S - 1; or rotary, what
         `self_attn.position.tables` makes of them, to share among layers. relative_bias takes the place of the layer's
         own, if it has one: T5 shares that of the first layer, `self_attn.position()`.
-        cache and layer: src are new tokens, which follow those in the cache and are appended to it; this is the layer's
-        index there. Only in causal layers, without a gradient, masks and positions.
+        cache and layer: src are new tokens, which follow those in the cache and are appended to it; layer is this one's
+        index there, and must be given. Only in causal layers, without a gradient, masks and positions.
         packing: src are the tokens that `unpad` returned with it; without masks and a cache. positions are by default
         those that the tokens had in the padded batch, with rotary (1, T); biases go by the distance among tokens.
         """
         return self._run(
             src,
+            cache,
             self._attending(attn_mask, src_key_padding_mask, positions, rotary, relative_bias, cache, layer, packing),
             self._feeding(),
         )
@@ -158,7 +161,10 @@ class EncoderLayer(Module):
     def _feeding(self) -> Sublayer:
         return Sublayer(of_module(self.ffn, FeedForward, self.save), (), self.dropout, self.ffn_norm)
 
-    def _run(self, x: Tensor, *sublayers: Sublayer) -> Tensor:
+    def _run(self, x: Tensor, cache: KVCache | None, *sublayers: Sublayer) -> Tensor:
+        if cache is not None and not torch.compiler.is_compiling():
+            with cache.unless_failed():
+                return self._run(x, None, *sublayers)
         if self.parallel_residual:
             return run_parallel(x, sublayers, self.save)
         return run_sublayers(x, None, sublayers, self.norm_first, self.save)[0]
@@ -174,12 +180,13 @@ def _check_sizes(d_model, nhead, dim_feedforward, head_dim, kv_heads) -> None:
             raise ValueError(f"{name} must be an int, 1 or more, got {size}")
     if head_dim is None and d_model % nhead:
         raise ValueError(f"d_model {d_model} must be a multiple of nhead {nhead}, unless head_dim is given")
-    if head_dim is not None and not 1 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be from 1 to 256, got {head_dim}")
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"head_dim must be 1 or more, got {head_dim}")
     if nhead % kv_heads:
         raise ValueError(f"nhead {nhead} must be a multiple of num_kv_heads {kv_heads}")
 
 
+@drop_in
 class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
     """Replaces torch.nn.TransformerEncoderLayer: same constructor, parameters, masks, numbers.
 
@@ -218,24 +225,36 @@ class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
         return run_sublayers(x, source, sublayers, self.norm_first, self.save)
 
     def packs(self) -> bool:
-        """Whether tokens without padding can go through `run`: nothing in it is the user's own."""
-        return is_plain(self, TransformerEncoderLayer) and (
-            is_plain(self.self_attn, MultiheadAttention)
+        """Whether tokens without padding can go through `run`: nothing in it is the user's own or looks at them."""
+        return (
+            is_plain(self, TransformerEncoderLayer)
+            and all(self._is_torchs(name) for name in self._blocks)
+            and is_plain(self.self_attn, MultiheadAttention)
             and self.self_attn.bias_k is None
             and not self.self_attn.add_zero_attn
-            and self._sa_block.__func__ is self._torch._sa_block
+            and is_unchanged(self.self_attn.out_proj, *LINEAR)
+            and is_row_norm(self.norm1)
+            and is_row_norm(self.norm2)
+            and is_plain(self.dropout1, torch.nn.Dropout)
+            and is_plain(self.dropout2, torch.nn.Dropout)
+            and fuses(self.linear1, self.activation, self.dropout, self.linear2)
         )
 
 
+@drop_in
 class TransformerEncoder(torch.nn.TransformerEncoder):
     """Replaces torch.nn.TransformerEncoder: same constructor, parameters, numbers.
 
     enable_nested_tensor lets a batch with src_key_padding_mask go through the layers as its tokens alone, as torch's
     does in inference: then padded positions hold 0 before the final norm. What differs: in training too, where torch's
     holds what the layers compute there; wherever more than a tenth of the batch is padding, and no mask but the causal
-    one is given; no NestedTensor is made. On a GPU this waits once for the number of tokens. Under torch.compile
-    batches stay padded, and a mask is used as it is, without a look whether it is causal.
+    one is given; no NestedTensor is made. With enable_nested_tensor=False, or the attribute pack set to False, padded
+    positions hold torch's values everywhere. Where a layer has parts of the user's own, or hooks look at it, batches
+    stay padded. On a GPU this waits once for the number of tokens. Under torch.compile, torch.func and without data
+    (meta and fake tensors) batches stay padded, and a mask is used as it is, without a look whether it is causal.
     """
+
+    pack = True
 
     def __init__(
         self,
@@ -257,7 +276,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     ) -> Tensor:
         """src through all layers and the final norm. is_causal=None looks whether mask is the causal one."""
         batch_first = self.layers[0].self_attn.batch_first
-        is_causal = causal_hint(is_causal)
+        is_causal = causal_hint(is_causal, mask)
         if is_causal is None:
             is_causal = _detect_is_causal_mask(mask, None, _get_seq_len(src, batch_first))
         packing = self._packing(src, mask, src_key_padding_mask, is_causal)
@@ -278,9 +297,13 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     def _packing(self, src: Tensor, mask, key_padding_mask: Tensor | None, is_causal: bool) -> Packing | None:
         """Where the tokens of the batch are, if they are to go through the layers alone."""
-        if not self.enable_nested_tensor or key_padding_mask is None or key_padding_mask.dtype != torch.bool:
+        if (
+            not (self.enable_nested_tensor and self.pack)
+            or key_padding_mask is None
+            or key_padding_mask.dtype != torch.bool
+        ):
             return None
-        if (mask is not None and not is_causal) or src.dim() != 3 or torch.compiler.is_compiling():
+        if (mask is not None and not is_causal) or src.dim() != 3 or not readable(key_padding_mask):
             return None
         if not all(isinstance(layer, TransformerEncoderLayer) and layer.packs() for layer in self.layers):
             return None
@@ -298,6 +321,6 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         return x
 
 
-def causal_hint(is_causal: bool | None) -> bool | None:
-    """The hint, or None where the mask's values have to be looked at, which a compiled graph cannot do."""
-    return False if is_causal is None and torch.compiler.is_compiling() else is_causal
+def causal_hint(is_causal: bool | None, mask: Tensor | None) -> bool | None:
+    """The hint, or None where the mask's values have to be looked at: where they cannot be, it is used as it is."""
+    return False if is_causal is None and mask is not None and not readable(mask) else is_causal

@@ -6,19 +6,21 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Linear, Module
 
+from pyllm import reference
 from pyllm.backend import select
-from pyllm.nn.memory import Kept, Source, by_hand, flat, in_one_precision
-from pyllm.nn.plain import is_plain
+from pyllm.derivatives import beyond_kernels, vjp
+from pyllm.nn.memory import Source, by_hand, flat, in_one_precision, kept, matrix, restored
+from pyllm.nn.plain import LINEAR, is_plain
+from pyllm.nn.tracing import leaf
 from pyllm.ops._registration import draw_rng
 from pyllm.ops.activation import ACTIVATION
 from pyllm.reference import GATED
 
 KINDS = ("relu", "gelu", "gelu_tanh", "silu", *GATED)
-_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
-_GELUS = {(F.gelu, "none"): "gelu", (F.gelu, "tanh"): "gelu_tanh"}  # functions with their argument bound
+_FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
+_APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}
 _MODULES = {torch.nn.ReLU: "relu", torch.nn.GELU: "gelu", torch.nn.SiLU: "silu"}
 
 
@@ -26,10 +28,10 @@ def kind_of(activation: Callable[[Tensor], Tensor] | str) -> str | None:
     """The kind, as `pyllm.ops.activation` has it, of one of torch's functions or modules; None for another callable."""
     if isinstance(activation, str):
         return activation
-    if isinstance(activation, partial) and not activation.args and activation.keywords.keys() == {"approximate"}:
-        return _GELUS.get((activation.func, activation.keywords["approximate"]))
-    if not isinstance(activation, Module):
-        return _FUNCTIONS.get(activation)
+    if type(activation) is partial and activation.func is F.gelu and activation.keywords.keys() == {"approximate"}:
+        return None if activation.args else _APPROXIMATE.get(activation.keywords["approximate"])
+    if not isinstance(activation, Module):  # and perhaps without a hash
+        return next((kind for function, kind in _FUNCTIONS if function is activation), None)
     kind = _MODULES.get(type(activation)) if is_plain(activation, type(activation)) else None
     return "gelu_tanh" if kind == "gelu" and activation.approximate == "tanh" else kind
 
@@ -38,6 +40,12 @@ def activate(x: Tensor, bias: Tensor | None, dropout_p: float, kind: str) -> Ten
     """dropout(activation(x + bias)), of packed gates where the kind is gated."""
     args = (x, None, bias, draw_rng(x, dropout_p), dropout_p, kind)
     return select(ACTIVATION, *args)(*args)
+
+
+def fuses(linear1: Module, activation: Callable[[Tensor], Tensor] | str, dropout: Module, linear2: Module) -> bool:
+    """Whether `feed_forward` calls none of the modules."""
+    plain = is_plain(linear1, *LINEAR) and is_plain(linear2, *LINEAR) and is_plain(dropout, torch.nn.Dropout)
+    return plain and kind_of(activation) is not None
 
 
 def feed_forward(
@@ -55,9 +63,7 @@ def feed_forward(
     one kernel, and `save` says what is kept for the backward.
     """
     kind = kind_of(activation)
-    if kind is None or not (
-        is_plain(linear1, Linear) and is_plain(linear2, Linear) and is_plain(dropout, torch.nn.Dropout)
-    ):
+    if not fuses(linear1, activation, dropout, linear2):
         hidden = linear1(x)
         return linear2(dropout(activation(hidden) if callable(activation) else activate(hidden, None, 0.0, kind))), None
     dropout_p = dropout.p if dropout.training else 0.0
@@ -75,12 +81,11 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, rng, dropout_p, kind, save, *source):
         options = (rng, dropout_p, kind)
-        hidden = x.reshape(-1, x.shape[-1]) @ weight1.mT
+        hidden = matrix(x) @ weight1.mT
         with torch.enable_grad():  # the choice of a call that has a backward
             ctx.value = select(ACTIVATION, hidden, None, bias1, *options, part="value")
             ctx.gradient = select(ACTIVATION, hidden, None, bias1, *options, part="gradient", record=False)
         active = ctx.value(hidden, None, bias1, *options)
-        ctx.input = Kept(x, source)
         ctx.options = (dropout_p, kind)
         ctx.save_for_backward(
             weight1,
@@ -89,19 +94,24 @@ class _FeedForward(torch.autograd.Function):
             rng,
             hidden if save != "recompute" else None,
             active if save == "all" else None,
-            *ctx.input.tensors,
+            *kept(ctx, x, source),
         )
-        return (active @ weight2.mT).view(*x.shape[:-1], -1)
+        return (active @ weight2.mT).view(*x.shape[:-1], weight2.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
-        weight1, bias1, weight2, rng, hidden, active, *kept = ctx.saved_tensors
+        weight1, bias1, weight2, rng, hidden, active, *saved = ctx.saved_tensors
         wants_x, wants_weight1, wants_bias1, wants_weight2, *rest = ctx.needs_input_grad
-        x = ctx.input.restore(kept) if hidden is None or wants_weight1 else None
+        again = beyond_kernels(dout)
+        x = restored(ctx, saved) if hidden is None or wants_weight1 or again else None
+        if again:
+            operands = (x, weight1, bias1, weight2)
+            composed = partial(_composed, rng, *ctx.options)
+            dx, *others = vjp(composed, operands, ctx.needs_input_grad[:4], [matrix(dout)])
+            return dx if dx is None else dx.view(*dout.shape[:-1], dx.shape[-1]), *others, *(None for _ in rest)
         if hidden is None:
             hidden = x @ weight1.mT
-        rows = dout.reshape(-1, dout.shape[-1])
+        rows = matrix(dout)
         dweight2 = None
         if wants_weight2:
             if active is None:
@@ -111,10 +121,16 @@ class _FeedForward(torch.autograd.Function):
         dhidden, _, dbias1 = ctx.gradient(rows @ weight2, hidden, None, bias1, rng, *ctx.options)
         hidden = None
         dweight1 = dhidden.mT @ x if wants_weight1 else None
-        dx = (dhidden @ weight1).view(*dout.shape[:-1], -1) if wants_x else None
+        dx = (dhidden @ weight1).view(*dout.shape[:-1], weight1.shape[1]) if wants_x else None
         return dx, dweight1, dbias1 if wants_bias1 else None, dweight2, *(None for _ in rest)
 
 
+def _composed(rng, dropout_p, kind, x, weight1, bias1, weight2) -> Tensor:
+    """The same of matrices, in PyTorch's operators."""
+    return reference.activation(x @ weight1.mT, None, bias1, rng, dropout_p, kind) @ weight2.mT
+
+
+@leaf
 class FeedForward(Module):
     """`feed_forward` with its own modules, plain or gated.
 

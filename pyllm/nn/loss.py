@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from pyllm.nn import functional
+from pyllm.nn.tracing import drop_in
 
 
+@drop_in
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Replaces torch.nn.CrossEntropyLoss: same constructor, buffers, numbers; the forward makes the gradient too."""
 

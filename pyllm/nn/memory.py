@@ -9,14 +9,18 @@ queries, keys, values and attention's output (5), the sums that are normed (2), 
 activation (5). torch.nn's layer keeps 19 and, with dropout, matrices of attention weights and of masks.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import Module
 
+from pyllm.derivatives import transformed
+from pyllm.nn.plain import LINEAR, is_unchanged
 from pyllm.ops._autocast import lower_precision
 from pyllm.ops._registration import needs_grad
 
@@ -30,31 +34,40 @@ def check_plan(save: str) -> str:
 
 
 class Source(NamedTuple):
-    """How a tensor is made again, to the bit: compute(*tensors), tensors being kept anyway."""
+    """How a tensor is made again, to the bit: compute(*tensors), tensors being kept anyway. compute holds none itself,
+    for it stays where saved-tensor hooks do not see it."""
 
     compute: Callable[..., Tensor]
     tensors: tuple[Tensor | None, ...]
 
     def cast(self, dtype: torch.dtype) -> "Source":
-        return Source(lambda *tensors: self.compute(*tensors).to(dtype), self.tensors)
+        return Source(partial(_cast, dtype, self.compute), self.tensors)
+
+
+def _cast(dtype: torch.dtype, compute: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    return compute(*tensors).to(dtype)
 
 
 def flat(source: Source | None) -> tuple:
     """A source as the last arguments of a Function, which takes tensors one by one; no gradient goes its way."""
-    return () if source is None else (source.compute, *(t if t is None else t.detach() for t in source.tensors))
+    return () if source is None else (source.compute, *source.tensors)
 
 
-class Kept:
-    """A matrix that the backward of a Function needs: itself, or what it is made from. `tensors` are to be saved."""
+def matrix(x: Tensor) -> Tensor:
+    """x (..., N) as (T, N), also where a size is 0, beside which none can be inferred."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
-    def __init__(self, x: Tensor, source: tuple):
-        self._width = x.shape[-1]
-        self._compute, *self.tensors = source or (None, x)
 
-    def restore(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The matrix (T, width), from the saved tensors."""
-        x = tensors[0] if self._compute is None else self._compute(*tensors)
-        return x.reshape(-1, self._width)
+def kept(ctx, x: Tensor, source: tuple) -> tuple[Tensor | None, ...]:
+    """What a Function is to save for `restored`: x, or the tensors of its source, if there is one."""
+    ctx.compute, *tensors = source or (None, x)
+    return tuple(tensors)
+
+
+def restored(ctx, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """The matrix (T, width) of x, from what `kept` had saved."""
+    x = tensors[0] if ctx.compute is None else ctx.compute(*tensors)
+    return matrix(x)
 
 
 def in_one_precision(
@@ -68,11 +81,13 @@ def in_one_precision(
 
 
 def by_hand(*tensors: Tensor | None) -> bool:
-    """Whether a Function of this package takes the place of autograd's own: a compiler has a memory plan itself, and
-    tensors of other classes (quantised, distributed) have products of their own."""
+    """Whether a Function of this package takes the place of autograd's own: a compiler has a memory plan itself, a
+    transform or a trace has rules for PyTorch's operators alone, and tensors of other classes (quantised, distributed)
+    have products of their own."""
     return (
         needs_grad(*tensors)
         and not torch.compiler.is_compiling()
+        and not transformed()
         and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     )
 
@@ -87,22 +102,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, source: Source
     return _Linear.apply(x, weight, bias, *flat(source))
 
 
+def branch_linear(x: Tensor, module: Module) -> tuple[Tensor, Tensor | None]:
+    """A branch's last linear layer on x, as a tensor and a bias that is yet to be added.
+
+    The module is one that torch.nn.MultiheadAttention does not call: here it is where it has something of its own, but
+    hooks of all modules and methods replaced on its class do not see it, as in torch.
+    """
+    if is_unchanged(module, *LINEAR):
+        return linear(x, module.weight), module.bias
+    return module(x), None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *source):
-        ctx.input = Kept(x, source)
-        ctx.save_for_backward(weight, *ctx.input.tensors)
+        ctx.save_for_backward(weight, *kept(ctx, x, source))
         if bias is None or not x.is_cpu:
             return F.linear(x, weight, bias)
         return F.linear(x, weight).add_(bias)  # oneDNN's product with a bias takes a quarter longer
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        weight, *kept = ctx.saved_tensors
+    def backward(ctx, dout):  # of operators that are differentiated again as they are
+        weight, *saved = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *rest = ctx.needs_input_grad
-        rows = dout.reshape(-1, dout.shape[-1])
-        dx = (rows @ weight).view(*dout.shape[:-1], -1) if wants_x else None
-        dweight = rows.mT @ ctx.input.restore(kept) if wants_weight else None
+        rows = matrix(dout)
+        dx = (rows @ weight).view(*dout.shape[:-1], weight.shape[1]) if wants_x else None
+        dweight = rows.mT @ restored(ctx, saved) if wants_weight else None
         dbias = rows.sum(0) if wants_bias else None
         return dx, dweight, dbias, *(None for _ in rest)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from pyllm.derivatives import beyond_kernels, transformed
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class Packing:
         return len(self.indices) / rows if rows else 1.0
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether values of a tensor may decide what is computed: it has some, and is neither traced nor transformed."""
+    traced = torch.compiler.is_compiling() or transformed()
+    return type(tensor) is Tensor and not tensor.is_meta and not traced
+
+
 def unpad(x: Tensor, key_padding_mask: Tensor, batch_first: bool = True) -> tuple[Tensor, Packing]:
     """The tokens (T, ...) of x (B, S, ...), or (S, B, ...) unless batch_first, that are not padding, and their places.
 
@@ -61,7 +68,8 @@ def unpad(x: Tensor, key_padding_mask: Tensor, batch_first: bool = True) -> tupl
 
 def take(x: Tensor, packing: Packing) -> Tensor:
     """`unpad` with a packing that is known."""
-    return _Take.apply(x.flatten(0, 1), packing.indices)
+    rows = x.flatten(0, 1)
+    return rows.index_select(0, packing.indices) if transformed() else _Take.apply(rows, packing.indices)
 
 
 def pad(tokens: Tensor, packing: Packing) -> Tensor:
@@ -69,11 +77,12 @@ def pad(tokens: Tensor, packing: Packing) -> Tensor:
     if tokens.shape[:1] != packing.indices.shape:
         raise ValueError(f"tokens must have {len(packing.indices)} rows, got {tuple(tokens.shape)}")
     rows = packing.shape[0] * packing.shape[1]
-    return _Put.apply(tokens, packing.indices, rows).unflatten(0, packing.shape)
+    put = _scattered if transformed() else _Put.apply
+    return put(tokens, packing.indices, rows).unflatten(0, packing.shape)
 
 
 def _scattered(tokens: Tensor, indices: Tensor, rows: int) -> Tensor:
-    return tokens.new_zeros((rows, *tokens.shape[1:])).index_copy_(0, indices, tokens)
+    return tokens.new_zeros((rows, *tokens.shape[1:])).index_copy(0, indices, tokens)
 
 
 class _Take(torch.autograd.Function):
@@ -86,18 +95,23 @@ class _Take(torch.autograd.Function):
         return x.index_select(0, indices)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dtokens):
-        return _scattered(dtokens, *ctx.saved_tensors, ctx.rows), None
+        put = _scattered if beyond_kernels(dtokens) else _put
+        return put(dtokens, *ctx.saved_tensors, ctx.rows), None
 
 
 class _Put(torch.autograd.Function):
+    """`_scattered` without a copy of the zeros."""
+
     @staticmethod
     def forward(ctx, tokens, indices, rows):
         ctx.save_for_backward(indices)
-        return _scattered(tokens, indices, rows)
+        return _put(tokens, indices, rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dx):
         return dx.index_select(0, *ctx.saved_tensors), None, None
+
+
+def _put(tokens: Tensor, indices: Tensor, rows: int) -> Tensor:
+    return tokens.new_zeros((rows, *tokens.shape[1:])).index_copy_(0, indices, tokens)

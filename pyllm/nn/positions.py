@@ -5,13 +5,18 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyllm import ops
+from pyllm.nn.packing import readable
+from pyllm.nn.tracing import leaf
 from pyllm.ops import RelativeBias
 
 
+@leaf
 class SinusoidalPositions(Module):
     """Adds sin and cos of position / 10000^(2c / d_model) in columns 2c and 2c + 1 (Vaswani et al., 2017, 3.5).
 
-    d_model even; max_len: the number of positions. There is nothing to learn, and nothing in the state_dict.
+    d_model even; max_len: the number of positions. There is nothing to learn, nothing in the state_dict, and no buffer
+    that could be left uninitialised: what is added is computed, and kept for each device and dtype of inputs, first for
+    those that are given.
     """
 
     def __init__(self, d_model: int, max_len: int = 5000, *, device=None, dtype=None):
@@ -19,24 +24,33 @@ class SinusoidalPositions(Module):
         if d_model < 2 or d_model % 2:
             raise ValueError(f"SinusoidalPositions: d_model must be even, 2 or more, got {d_model}")
         self.d_model, self.max_len = d_model, max_len
-        self.register_buffer("table", torch.empty(max_len, d_model, device=device, dtype=dtype), persistent=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        cos, sin = _angles(torch.arange(self.max_len, device=self.table.device), self.d_model, 10000.0)
-        self.table.copy_(torch.stack([sin, cos], -1).flatten(-2))
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._table(torch.empty(0, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """x (B, S, d_model) with its positions added: 0 to S - 1, or positions (S,) or (B, S) of integers.
 
         Raises ValueError if x is longer than max_len.
         """
-        return x + _rows(self, self.table, x, positions).to(x.dtype)
+        return x + _rows(self, self._table(x), x, positions)
+
+    def _table(self, x: Tensor) -> Tensor:
+        """(max_len, d_model) in x's dtype, on its device."""
+        place = (x.device, x.dtype)
+        if place in self._tables:
+            return self._tables[place]
+        with torch.inference_mode(False):
+            cos, sin = _angles(torch.arange(self.max_len, device=x.device), self.d_model, 10000.0)
+            table = torch.stack([sin, cos], -1).flatten(-2).to(x.dtype)
+        if readable(table):  # one of a trace, or without data, serves this call alone
+            self._tables[place] = table
+        return table
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, max_len={self.max_len}"
 
 
+@leaf
 class LearnedPositions(torch.nn.Embedding):
     """Adds a learned vector to each of max_len positions: weight (max_len, d_model), at first N(0, 0.02)."""
 
@@ -63,6 +77,7 @@ def _rows(module: Module, table: Tensor, x: Tensor, positions: Tensor | None) ->
     return table[: x.shape[-2]]
 
 
+@leaf
 class Rotary(Module):
     """Rotary position embedding (Su et al., 2021): turns pairs of the first dim columns of queries and keys.
 

@@ -6,6 +6,7 @@ GPT-J and GPT-NeoX. The bias of a branch's last product is added with the residu
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,8 +21,10 @@ from pyllm.nn.feedforward import feed_forward
 from pyllm.nn.memory import Source, by_hand, check_plan
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.packing import Packing
-from pyllm.nn.plain import is_plain
+from pyllm.nn.plain import is_plain, source_method
 from pyllm.ops.norm import LAYER_NORM, RMS_NORM, default_eps
+
+_ROW_NORMS = (LayerNorm, torch.nn.LayerNorm, RMSNorm, torch.nn.RMSNorm)
 
 
 class Sublayer(NamedTuple):
@@ -93,7 +96,7 @@ def add_norm(
 
     Modules that the user has put in place, or that carry hooks, are called.
     """
-    if _is_row_norm(norm) and _fusable(branch, residual, dropout):
+    if is_row_norm(norm) and _fusable(branch, residual, dropout):
         options = {"dropout_p": _probability(dropout), "x_bias": bias}
         if isinstance(norm, torch.nn.LayerNorm):
             return ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, **options)
@@ -105,7 +108,7 @@ def add_norm(
 
 def norm_source(z: Tensor, norm: Module, save: str) -> Source | None:
     """How norm(z) is made again by a backward, which keeps z in any case; None where it is to be kept itself."""
-    if save == "all" or type(norm) not in (LayerNorm, RMSNorm) or not _is_row_norm(norm) or not by_hand(z):
+    if save == "all" or type(norm) not in (LayerNorm, RMSNorm) or not is_row_norm(norm) or not by_hand(z):
         return None
     if z.dtype != torch.float32 and torch.is_autocast_enabled(z.device.type):
         return None  # which may have normed in float32
@@ -113,13 +116,16 @@ def norm_source(z: Tensor, norm: Module, save: str) -> Source | None:
     parameters = (norm.weight, None if rms else norm.bias)
     eps = default_eps(z.dtype) if norm.eps is None else norm.eps
     run = select(RMS_NORM if rms else LAYER_NORM, z, *parameters, eps, record=False)
-    return Source(lambda z, *parameters: run(z, *parameters, eps), (z, *parameters))
+    return Source(partial(_renormed, run, eps), (z, *parameters))
 
 
-def _is_row_norm(norm: Module) -> bool:
-    kind = type(norm)
-    known = kind in (LayerNorm, torch.nn.LayerNorm, RMSNorm, torch.nn.RMSNorm)
-    return known and is_plain(norm, kind) and len(norm.normalized_shape) == 1
+def _renormed(run: Callable[..., Tensor], eps: float, z: Tensor, *parameters: Tensor | None) -> Tensor:
+    return run(z, *parameters, eps)
+
+
+def is_row_norm(norm: Module) -> bool:
+    """Whether a kernel may do what the module does: the norm of the last dimension."""
+    return is_plain(norm, *_ROW_NORMS) and len(norm.normalized_shape) == 1
 
 
 def _fusable(branch: Tensor, residual: Tensor, dropout: Module | None) -> bool:
@@ -141,6 +147,13 @@ def _dropped(x: Tensor, bias: Tensor | None, dropout: Module | None) -> Tensor:
     return x if dropout is None else dropout(x)
 
 
+def _is_torchs(layer: type["ResidualLayer"], block: str) -> bool:
+    return getattr(layer, block) is layer._blocks[block]
+
+
+_is_torchs._dynamo_marked_constant = True  # a trace does not know the method again in a dictionary
+
+
 class ResidualLayer:
     """The part that TransformerEncoderLayer and TransformerDecoderLayer share; torch's class holds the modules.
 
@@ -149,7 +162,13 @@ class ResidualLayer:
     """
 
     _torch: type[Module]
+    _blocks: dict[str, object]  # torch's, as its source has them
     save = "minimal"
+
+    def __init_subclass__(cls):
+        if "_torch" in cls.__dict__:
+            names = ("_sa_block", "_mha_block", "_ff_block")
+            cls._blocks = {name: source_method(cls._torch, name) for name in names if hasattr(cls._torch, name)}
 
     def _adopt(self, save: str | None, *modules: Module) -> None:
         """Makes torch's freshly initialised modules pyllm's, parameters and all."""
@@ -159,10 +178,12 @@ class ResidualLayer:
             module.__class__ = LayerNorm if isinstance(module, torch.nn.LayerNorm) else MultiheadAttention
 
     def _sublayer(self, name: str, dropout: Module, norm: Module, *args) -> Sublayer:
-        block = getattr(self, f"_{name}_block")
-        if getattr(block, "__func__", None) is getattr(self._torch, f"_{name}_block"):
+        if self._is_torchs(f"_{name}_block"):
             return Sublayer(getattr(self, f"_{name}_branch"), args, dropout, norm)
-        return Sublayer(_called(block), args, None, norm)
+        return Sublayer(_called(getattr(self, f"_{name}_block")), args, None, norm)
+
+    def _is_torchs(self, block: str) -> bool:
+        return block not in self.__dict__ and _is_torchs(type(self), block)
 
     def _sa_branch(self, x: Tensor, source: Source | None, *masks) -> tuple[Tensor, Tensor | None]:
         return _attend(self.self_attn, x, x, source, *masks)

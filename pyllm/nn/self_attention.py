@@ -8,8 +8,9 @@ from pyllm import ops
 from pyllm.nn.cache import KVCache
 from pyllm.nn.memory import Source, linear
 from pyllm.nn.packing import Packing
-from pyllm.nn.plain import is_plain
+from pyllm.nn.plain import LINEAR, is_plain
 from pyllm.nn.positions import RelativePositionBias, Rotary, alibi_slopes
+from pyllm.nn.tracing import leaf
 from pyllm.ops import RelativeBias
 from pyllm.reference import statistics_type
 
@@ -45,13 +46,13 @@ class _Attention(Module):
     def _merge(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """The projection of (B, H, S, D), and its bias, which is yet to be added."""
         out = out.transpose(1, 2).flatten(2)
-        if is_plain(self.out, Linear):
+        if is_plain(self.out, *LINEAR):
             return linear(out, self.out.weight), self.out.bias
         return self.out(out), None
 
     def _project(self, projection: Module, x: Tensor, source: Source | None, *heads: int) -> list[Tensor]:
         """The projection of x (B, S, d_model) as views (B, heads, S, D). source: how x is made again, or None."""
-        if is_plain(projection, Linear):
+        if is_plain(projection, *LINEAR):
             return self._split(linear(x, projection.weight, projection.bias, source), *heads)
         return self._split(projection(x), *heads)
 
@@ -65,6 +66,7 @@ class _Attention(Module):
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
+@leaf
 class SelfAttention(_Attention):
     """Attention of x over itself: one product for queries, keys and values, in this order in qkv's rows, by heads.
 
@@ -124,7 +126,7 @@ class SelfAttention(_Attention):
         rotary: tuple[Tensor, Tensor] | None = None,
         relative_bias: RelativeBias | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
+        layer: int | None = None,
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of x (B, S, d_model), and a bias that is yet to be added. source: how x is made again, or None.
@@ -147,7 +149,7 @@ class SelfAttention(_Attention):
             if any(given is not None for given in (attn_mask, key_padding_mask, positions, rotary)):
                 raise ValueError("with a cache, masks, positions and rotary must not be given: the cache has its own")
             self._check_caching()
-            cache.reserve(query.shape[2])
+            cache.begin(layer, key)
             if torch.compiler.is_compiling() or not cache.empty:
                 return self._merge(self._append(query, key, value, cache, layer, options))
         if isinstance(self.position, Rotary):
@@ -179,9 +181,14 @@ class SelfAttention(_Attention):
         rotary = slopes = None
         interleaved = False
         if isinstance(self.position, Rotary):
-            interleaved = self.position.interleaved
-            every = ("rotary", self.position.dim, self.position.base)
-            rotary = cache.kept(every, lambda: self._tables(torch.arange(cache.slots, device=query.device), query))
+            shared = type(self.position) is Rotary  # another class may have tables of its own
+            every = ("rotary", self.position.dim, self.position.base) if shared else self.position
+            tables = cache.kept(every, lambda: self._tables(torch.arange(cache.slots, device=query.device), query))
+            if is_plain(self.position, Rotary):
+                rotary, interleaved = tables, self.position.interleaved
+            else:
+                new = cache.positions(query.shape[2])
+                query, key = (self.position(t, tuple(table[new] for table in tables)) for t in (query, key))
         if self.alibi:
             slopes = cache.kept(("alibi", self.heads), lambda: alibi_slopes(self.heads, query.device))
         return ops.attention_decode(
@@ -203,6 +210,7 @@ class SelfAttention(_Attention):
         return f"{super().extra_repr()}, window={self.window}, causal={self.causal}{position}"
 
 
+@leaf
 class CrossAttention(_Attention):
     """Attention of x over a memory, beside a `SelfAttention` whose sizes and options it takes over.
 
@@ -233,13 +241,14 @@ class CrossAttention(_Attention):
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
+        layer: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of x (B, S, d_model) over memory (B, Sk, d_model), which may be None once the cache has it."""
         (query,) = self._project(self.query, x, source, self.heads)
         kept = None
         if cache is not None:
             self._check_generating()
+            cache.check_layer(layer)
             kept = cache.memory[layer]
         if kept is None:
             if memory is None:

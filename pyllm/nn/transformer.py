@@ -11,8 +11,10 @@ from torch import Tensor
 from pyllm.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from pyllm.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from pyllm.nn.norm import LayerNorm
+from pyllm.nn.tracing import drop_in
 
 
+@drop_in
 class Transformer(torch.nn.Transformer):
     """Replaces torch.nn.Transformer: same constructor, initialisation, parameters, masks, numbers.
 

@@ -1,5 +1,7 @@
 """Functional operators; every one runs on every backend that `pyllm.backends()` lists."""
 
+import torch.fx
+
 from pyllm.ops.activation import geglu, gelu, reglu, relu, silu, swiglu
 from pyllm.ops.attention import attention, attention_varlen
 from pyllm.ops.attention_decode import attention_decode
@@ -37,3 +39,6 @@ __all__ = [
     "softmax",
     "swiglu",
 ]
+
+for _name in set(__all__) - {"RelativeBias"}:
+    torch.fx.wrap(_name)  # a node of torch.fx.symbolic_trace

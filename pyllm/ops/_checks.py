@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyllm.derivatives import transformed
+
 FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
@@ -86,8 +88,9 @@ def attention_mask(op: str, mask: Tensor, other: Tensor, first: str) -> None:
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Whether a check may read the tensor's values: on the CPU, elsewhere only with PYLLM_DEBUG=1; never in a trace."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+    """Whether a check may read the tensor's values: on the CPU, elsewhere only with PYLLM_DEBUG=1; never in a trace or
+    under a transform."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or transformed():
         return False
     return tensor.is_cpu or (not tensor.is_meta and os.environ.get("PYLLM_DEBUG") == "1")
 

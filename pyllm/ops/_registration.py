@@ -6,6 +6,7 @@ or CUDA below each.
 
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -94,7 +95,29 @@ def draw_rng(tensor: Tensor, dropout_p: float) -> Tensor | None:
     """Dropout's (seed, offset) from PyTorch's generator of the tensor's device, without a synchronisation."""
     if dropout_p == 0.0:
         return None
+    if torch.compiler.is_compiling():
+        return torch.ops.pyllm.draw_rng(tensor, _next_call())
+    return _draw(tensor, 0)
+
+
+def _draw(tensor: Tensor, call: int) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=tensor.device)
+
+
+_calls = itertools.count()
+
+
+def _next_call() -> int:
+    return next(_calls)
+
+
+_next_call._dynamo_marked_constant = True  # by which no two calls of a graph are one to a compiler
+
+# In place of torch.randint, for which a compiler would draw other bits. The argument keeps the order of the draws.
+_fragment = torch.library.Library("pyllm", "FRAGMENT")
+_fragment.define("draw_rng(Tensor tensor, int call) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_fragment.impl("draw_rng", _draw, "CompositeExplicitAutograd")
+torch.library.register_fake("pyllm::draw_rng", lambda tensor, call: tensor.new_empty(2, dtype=torch.int64))
 
 
 def no_dropout(position: int) -> Callable[..., str | None]:

@@ -4,13 +4,15 @@ One pair of operators serves all, told apart by `kind`: "relu", "gelu", "gelu_ta
 "geglu_tanh", "swiglu". Only the input is kept for the backward, which computes the activation anew.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
+from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
 from pyllm.ops._registration import (
     apply,
@@ -140,8 +142,11 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
             return fwd(x, up, bias, rng, dropout_p, kind)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dy):
+            if beyond_kernels(dy):
+                *inputs, rng = ctx.saved_tensors
+                composed = partial(reference.activation, rng=rng, dropout_p=ctx.options[0], kind=ctx.options[1])
+                return *vjp(composed, inputs, ctx.needs_input_grad[:3], [dy]), None, None, None
             return *gradient(dy, *ctx.saved_tensors, *ctx.options), None, None, None
 
     def run(x, up, bias, rng, dropout_p, kind):
@@ -179,7 +184,7 @@ def _composed_gradient(dy, x, up, bias, rng, dropout_p, kind):
         dup = g * reference.activation(gate, None, None, None, 0.0, act)
         if up is None:
             dx, dup = torch.cat([dx, dup], -1), None
-    dbias = None if bias is None else dx.flatten(0, -2).sum(0).to(bias.dtype)
+    dbias = None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype)
     return dx.to(x.dtype), dup, dbias
 
 

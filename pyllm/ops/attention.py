@@ -6,16 +6,17 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
+from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
 from pyllm.ops._autocast import lower_precision
 from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
@@ -42,8 +43,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """dropout(softmax(score + masks)) value, tile by tile with online softmax (Dao et al., 2022).
 
-    query (B, H, Sq, D), key and value (B, Hkv, Sk, D), H a multiple of Hkv, D from 1 to 256, one dtype out of float32,
-    float64, bfloat16 and float16; any strides with a contiguous last dimension are read in place.
+    query (B, H, Sq, D), key and value (B, Hkv, Sk, D), H a multiple of Hkv, D from 1 on, one dtype out of float32,
+    float64, bfloat16 and float16; any strides with a contiguous last dimension are read in place. A D above 256
+    is left to PyTorch's kernels.
     The score of query i and key j is softcap * tanh(scale q.k / softcap), or scale q.k at softcap 0, + attn_mask +
     relative_bias of j - i - alibi_slopes * |j - i|. scale defaults to 1 / sqrt(D).
     attn_mask broadcasts to (B, H, Sq, Sk): boolean, True = take part (as in `scaled_dot_product_attention`), or query's
@@ -155,10 +157,8 @@ def check_operands(
     expected = (first, *key.shape[1:-1], dim)
     _checks.shape(op, names[0], key, expected, of_key)
     _checks.shape(op, names[1], value, expected, f"{of_key}, as {names[0]},")
-    if kv_heads == 0 or heads % kv_heads:
+    if heads % kv_heads if kv_heads else heads:
         raise ValueError(f"{op}: query's {heads} heads must be a multiple of {names[0]}'s {kv_heads}")
-    if not 1 <= dim <= 256:
-        raise ValueError(f"{op}: query must have a head_dim from 1 to 256, got {dim}")
 
 
 def _check_sequences(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> int:
@@ -251,7 +251,7 @@ def options_of(op, query, is_causal, causal_alignment, window, softcap, scale, d
         raise ValueError(f"{op}: softcap must be a finite number, 0 (none) or more, got {softcap}")
     _checks.probability(op, "dropout_p", dropout_p)
     left, right = (-1, -1) if window is None else window
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
     right = 0 if is_causal else right
     return scale, float(softcap), float(dropout_p), left, right, causal_alignment == "bottom_right"
 
@@ -345,9 +345,16 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
             return out, lse
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dout, dlse):
             *tensors, out, lse = ctx.saved_tensors
+            if beyond_kernels(dout, dlse):
+                gradients = vjp(
+                    lambda *t: reference.attention(*t, *ctx.options),
+                    tensors,
+                    ctx.needs_input_grad[:_TENSORS],
+                    [dout, dlse],
+                )
+                return *gradients, *(None for _ in ctx.options)
             dout = torch.zeros_like(out) if dout is None else dout
             wanted = dict(zip(AttentionCall._fields, ctx.needs_input_grad, strict=True))
             asked = (wanted["attn_mask"], wanted["distance_bias"], torch.are_deterministic_algorithms_enabled())
@@ -379,6 +386,8 @@ def _unfit_for_sdpa(*args) -> str | None:
     call = AttentionCall(*args)
     if call.cu_seqlens_q is not None:
         return "it takes no packed sequences"
+    if not (call.query.shape[1] and call.query.shape[3]):
+        return "it takes a head and a head_dim of 1 at least"
     if call.attn_mask is not None or call.key_padding_mask is not None:
         return "a mask may leave a row empty, where torch gives NaN"
     if call.key.shape[2] == 0:
@@ -396,10 +405,19 @@ def _unfit_for_sdpa(*args) -> str | None:
     return None
 
 
+def unfit_for_kernels(query: Tensor, *_) -> str | None:
+    """Implementation.unfit of this package's kernels."""
+    heads, dim = query.shape[1], query.shape[-1]
+    if dim > 256:
+        return f"its kernels take a head_dim of up to 256, and this one is {dim}"
+    return None if heads and dim else "its kernels take a head and a head_dim of 1 at least"
+
+
 def _unfit_for_native(*args) -> str | None:
     call = AttentionCall(*args[:-1])
-    if call.query.is_cpu:
-        return None
+    why = unfit_for_kernels(call.query)
+    if call.query.is_cpu or why is not None:
+        return why
     if call.query.shape[-1] % 8:
         return f"its CUDA C++ kernels take a head_dim that is a multiple of 8, and this one is {call.query.shape[-1]}"
     step, traced = 16 // call.query.element_size(), torch.compiler.is_compiling()
@@ -430,10 +448,12 @@ def _reference(*args):
     return reference.attention(*args[:-1])
 
 
+_kernels = on_kernels(_on, attention_fwd, attention_bwd, tiles=_tiles, unfit_for_native=_unfit_for_native)
 ATTENTION = Operator(
     "attention",
-    on_kernels(_on, attention_fwd, attention_bwd, tiles=_tiles, unfit_for_native=_unfit_for_native)
+    _kernels
     | {
+        "triton": replace(_kernels["triton"], unfit=unfit_for_kernels),
         "torch": Implementation(_sdpa, _unfit_for_sdpa, kernel="scaled_dot_product_attention"),
         "reference": Implementation(_reference, fused=False),
     },

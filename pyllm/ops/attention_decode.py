@@ -7,7 +7,7 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._registration import kernel, named_kernel, needs_grad
-from pyllm.ops.attention import check_operands, merged_heads, options_of, score_biases
+from pyllm.ops.attention import check_operands, merged_heads, options_of, score_biases, unfit_for_kernels
 from pyllm.ops.relative_bias import RelativeBias
 from pyllm.reference import DecodeCall, statistics_type
 
@@ -47,7 +47,8 @@ def attention_decode(
     """
     op = "attention_decode"
     _check(op, query, key_cache, value_cache, cache_seqlens, key, value, block_table)
-    if needs_grad(query, key_cache, value_cache, key, value):
+    biases = () if relative_bias is None else (relative_bias.table,)
+    if needs_grad(query, key_cache, value_cache, key, value, *biases, *(rotary or ())):
         raise RuntimeError(f"{op}: it has no gradient; call it under torch.no_grad()")
     if _checks.can_look(cache_seqlens):
         _check_lengths(op, query, key_cache, cache_seqlens, key, block_table, rotary)
@@ -148,8 +149,9 @@ QUERIES_IN_CUDA = 16  # of a key head: beyond, products are for tensor cores, wh
 
 def _unfit_for_native(*args) -> str | None:
     call = DecodeCall(*args)
-    if call.query.is_cpu:
-        return None
+    why = unfit_for_kernels(call.query)
+    if call.query.is_cpu or why is not None:
+        return why
     queries = call.query.shape[1] // call.key_cache.shape[1] * call.query.shape[2]
     if queries > QUERIES_IN_CUDA:
         return f"its CUDA C++ kernel is for up to {QUERIES_IN_CUDA} queries of a key head, and these are {queries}"
@@ -172,7 +174,7 @@ ATTENTION_DECODE = Operator(
         name: Implementation(kernel, unfit, kernel=named_kernel(name, kernel, None))
         for name, kernel, unfit in (
             ("native", attention_decode_fwd.native, _unfit_for_native),
-            ("triton", attention_decode_fwd.triton, None),
+            ("triton", attention_decode_fwd.triton, unfit_for_kernels),
         )
         if kernel is not None
     }

@@ -122,7 +122,8 @@ def _probabilities(call: AttentionCall, lse: Tensor, rows: Tensor | None, heads:
         alibi_slopes=slopes if slopes is None else take(slopes, heads),
     )
     distance = reference.distances(everywhere, sq, sk, call.bottom_right)
-    with torch.autocast(lse.device.type, enabled=False):  # which would round the scores
+    device = "cpu" if lse.is_meta else lse.device.type
+    with torch.autocast(device, enabled=False):  # which would round the scores
         scores = reference.attention_scores(chosen, distance)
     lse = take(lse, heads, rows)[..., None]
     kept = (scores != -torch.inf) & (lse != -torch.inf)

@@ -1,13 +1,15 @@
 """Cross-entropy of logits and class indices: the loss and the gradient of the logits from one pass over them."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
+from pyllm.derivatives import beyond_kernels, transformed
 from pyllm.ops import _checks
 from pyllm.ops._registration import apply, kernel, needs_grad, on_kernels
 from pyllm.reference import statistics_type
@@ -35,8 +37,9 @@ def cross_entropy(
     logits' dtype, and is float32 under autocast, as torch's.
 
     The forward computes the gradient of the logits too, where one is required. inplace=True lets it take the place of
-    the logits, which are then consumed: later autograd use of them raises RuntimeError. They must be contiguous and no
-    view. Under torch.compile, whose own planning decides on memory, inplace changes nothing.
+    the logits, which are then consumed: later autograd use of them raises RuntimeError, and so does a second
+    derivative. They must be contiguous and no view. Under torch.compile, whose own planning decides on memory, and
+    under torch.func, inplace changes nothing.
 
     Raises TypeError, ValueError or RuntimeError for a dtype, a shape, a number or a device that does not fit.
     Targets outside [0, V) raise IndexError on the CPU; on a GPU, where looking would synchronise, and in a compiled
@@ -51,7 +54,7 @@ def cross_entropy(
     if weight is not None:
         _check_weight(name, weight, logits)
     dtype = loss_type(logits)
-    inplace = inplace and not torch.compiler.is_compiling() and needs_grad(logits)
+    inplace = inplace and not torch.compiler.is_compiling() and not transformed() and needs_grad(logits)
     if inplace and (logits._is_view() or not logits.is_contiguous()):
         raise ValueError(f"{name}: inplace=True needs contiguous logits that are no view of another tensor")
     args = (logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, inplace)
@@ -104,7 +107,7 @@ def _check_weight(op: str, weight: Tensor, logits: Tensor) -> None:
 def inverse_count(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """What a mean multiplies the sum by, without a synchronisation; infinite where no target counts."""
     kept = target != ignore_index
-    if weight is None:
+    if weight is None or not weight.shape[0]:  # without classes no target counts
         return kept.sum(dtype=dtype).reciprocal()
     index = torch.where(kept, target, 0).clamp(0, weight.shape[0] - 1)  # out of bounds: the loss is NaN anyway
     return torch.where(kept, weight[index], 0.0).sum(dtype=dtype).reciprocal()
@@ -170,32 +173,47 @@ def cross_entropy_shard_bwd(logits: Tensor, coefficients: Tensor, target: Tensor
 
 def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementation:
     class CrossEntropy(torch.autograd.Function):
+        """Its second output is the gradient of the logits, so that a backward which is differentiated again finds here
+        what that gradient depends on, and logits need not be kept."""
+
         @staticmethod
         def forward(ctx, logits, target, weight, scale, options, reduction, inplace):
             # In float16 the gradient of a mean would underflow before a loss scale could reach it.
             late = scale if logits.dtype == torch.float16 else None
-            args = (logits, target, weight, scale if late is None else None, *options)
+            early = scale if late is None else None
+            args = (logits, target, weight, early, *options)
             if inplace:
                 loss, dlogits = inplace_fwd(*args), logits
                 ctx.mark_dirty(logits)
             else:
                 loss, dlogits = fwd(*args, True)
-            ctx.save_for_backward(dlogits, late)
+            ctx.save_for_backward(dlogits, target, weight, early, late)
+            ctx.options, ctx.inplace = options, inplace
             ctx.set_materialize_grads(False)
-            return reduced(loss, scale, reduction), logits if inplace else None
+            return reduced(loss, scale, reduction), dlogits
 
         @staticmethod
-        @once_differentiable
-        def backward(ctx, dloss, dconsumed):
-            if dconsumed is not None:
+        def backward(ctx, dloss, ddlogits):
+            if ctx.inplace and ddlogits is not None:
                 raise RuntimeError("cross_entropy: inplace=True has consumed the logits, but they were used afterwards")
+            dlogits, target, weight, early, late = ctx.saved_tensors
+            if ddlogits is not None or beyond_kernels(dloss):
+                if ctx.inplace:
+                    raise RuntimeError("cross_entropy: inplace=True has consumed the logits: no second derivative")
+                gradient = None if dloss is None else composed(dlogits, dloss if late is None else dloss * late)
+                if ddlogits is not None:
+                    change = _hessian_product(ddlogits, dlogits, target, weight, early, *ctx.options)
+                    gradient = change if gradient is None else gradient + change
+                return gradient, *(None,) * 6
             if dloss is None:
                 return (None,) * 7
-            dlogits, late = ctx.saved_tensors
             factor = (dloss if late is None else dloss * late).contiguous()
             dlogits = kept_gradient(dlogits)
             bwd(dlogits, factor)
             return dlogits, *(None,) * 6
+
+    def composed(dlogits, factor):
+        return (dlogits * (factor[..., None] if factor.dim() else factor)).to(dlogits.dtype)
 
     def run(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, inplace):
         dtype = statistics_type(logits)
@@ -209,6 +227,41 @@ def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementa
     return Implementation(run)
 
 
+def _hessian_product(
+    vector: Tensor,
+    gradient: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """The product of `vector` with the second derivative of the losses whose gradient (..., V) is given.
+
+    With the probabilities p, that gradient is scale * (k p - b at the target - c), b = (1 - label_smoothing) times the
+    target's weight, c = label_smoothing / V times each class's and k = b + sum(c) + 2 z_loss lse: its sum over the
+    classes tells k, and then itself p.
+    """
+    classes = gradient.shape[-1]
+    kept = (target != ignore_index)[..., None]
+    index = torch.where(kept, target[..., None], 0)
+    ones = torch.ones(classes, dtype=statistics_type(gradient), device=gradient.device)
+    weight = ones if weight is None else weight
+    at_target = (1 - label_smoothing) * weight[index]
+    everywhere = label_smoothing / max(classes, 1) * weight
+    unscaled = gradient.to(weight.dtype)
+    unscaled = unscaled if scale is None else unscaled / scale
+    total = unscaled.sum(-1, keepdim=True) + at_target + everywhere.sum()
+    shares = unscaled + everywhere + torch.zeros_like(unscaled).scatter(-1, index, at_target)  # k p
+    some = total != 0
+    inverse = torch.where(some, 1 / torch.where(some, total, 1.0), 0.0)
+    along = (shares * vector).sum(-1, keepdim=True)
+    product = shares * vector + shares * along * (2 * z_loss * inverse - 1) * inverse
+    product = torch.where(kept, product if scale is None else product * scale, 0.0)
+    return product.to(gradient.dtype)
+
+
 def reduced(loss: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
@@ -219,7 +272,8 @@ def torch_cross_entropy(logits, target, weight, ignore_index, label_smoothing, z
     scale = inverse_count(target, weight, ignore_index, statistics_type(logits)) if reduction == "mean" else None
     weight = None if weight is None else weight.to(logits.dtype)
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
-    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), weight, **options)
+    rows = logits.reshape(math.prod(target.shape), logits.shape[-1])  # beside classes of 0 no -1 is inferred
+    loss = F.cross_entropy(rows, target.reshape(-1), weight, **options)
     return reduced(loss.reshape(target.shape).to(statistics_type(logits)), scale, reduction)  # torch's sums 16 bits
 
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
+from pyllm.derivatives import beyond_kernels
 from pyllm.ops import _checks
 from pyllm.ops._registration import (
     apply,
@@ -56,12 +56,20 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
             return fwd(x, residual, bias, rng, dropout_p)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dy):
             bias, rng = ctx.saved_tensors
             dropout_p, x_dtype = ctx.options
             if bias is None and dropout_p == 0.0 and x_dtype == dy.dtype:
                 return dy, dy, None, None, None
+            if beyond_kernels(dy):
+                dx = reference.dropout(dy, rng, dropout_p)
+                return (
+                    dx.to(x_dtype),
+                    dy,
+                    None if bias is None else dx.sum_to_size(bias.shape).to(bias.dtype),
+                    None,
+                    None,
+                )
             dx, dbias = bwd(dy, bias, rng, dropout_p, x_dtype)
             return dx, dy, if_given(bias, dbias), None, None
 

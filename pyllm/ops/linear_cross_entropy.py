@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
+from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
 from pyllm.ops import linear_cross_entropy_chunks as chunks
 from pyllm.ops._autocast import lower_precision
@@ -170,13 +170,18 @@ def _on(
         @staticmethod
         def forward(ctx, hidden, weight, bias, target, scale, options, wanted, memory):
             loss, *gradients = fwd(hidden, weight, target, bias, scale, *options, wanted, memory)
-            ctx.save_for_backward(*(g if asked else None for g, asked in zip(gradients, wanted, strict=True)))
+            gradients = (g if asked else None for g, asked in zip(gradients, wanted, strict=True))
+            ctx.save_for_backward(*gradients, hidden, weight, bias, target)  # the operands for a second derivative
+            ctx.options, ctx.reduction = options, "sum" if scale is None else "mean"
             return loss.sum() if scale is None else loss.sum() * scale
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dloss):
-            gradients = [None if g is None else kept_gradient(g) for g in ctx.saved_tensors]
+            *gradients, hidden, weight, bias, target = ctx.saved_tensors
+            if beyond_kernels(dloss):
+                operands = (hidden, weight, bias)
+                return *again(dloss, operands, target, ctx.options, ctx.reduction, ctx.needs_input_grad), *(None,) * 5
+            gradients = [None if g is None else kept_gradient(g) for g in gradients]
             for gradient in gradients:
                 if gradient is not None:
                     scale_gradient(gradient, dloss)
@@ -187,14 +192,18 @@ def _on(
         def forward(ctx, hidden, weight, bias, target, scale, options, reduction, wanted, memory, shard):
             loss, statistics = losses(hidden, weight, target, bias, options, memory, shard)
             ctx.save_for_backward(hidden, weight, bias, target, scale, statistics)
-            ctx.options, ctx.wanted, ctx.memory, ctx.shard = options, wanted, memory, shard
+            ctx.options, ctx.reduction, ctx.wanted, ctx.memory, ctx.shard = options, reduction, wanted, memory, shard
             return reduced(loss, scale, reduction)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dloss):
             hidden, weight, bias, target, scale, statistics = ctx.saved_tensors
             first, classes, group = ctx.shard
+            if beyond_kernels(dloss):
+                if group is not None:
+                    raise RuntimeError(f"linear_cross_entropy has no second derivative: {_WHOLE}")
+                operands = (hidden, weight, bias)
+                return *again(dloss, operands, target, ctx.options, ctx.reduction, ctx.needs_input_grad), *(None,) * 7
             dloss = dloss if scale is None else dloss * scale
             args = (hidden, weight, target, bias, *ctx.options, classes, first, ctx.wanted, ctx.memory)
             gradients = shard_bwd(dloss, statistics, *args)
@@ -202,6 +211,13 @@ def _on(
                 dist.all_reduce(gradients[0], group=group)
             gradients = (g if asked else None for g, asked in zip(gradients, ctx.wanted, strict=True))
             return *gradients, *(None,) * 7
+
+    def again(dloss, operands, target, options, reduction, wanted):
+        def composed(hidden, weight, bias):
+            loss = reference.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
+            return loss.to(dloss.dtype)
+
+        return vjp(composed, operands, wanted[:3], [dloss])
 
     def losses(hidden, weight, target, bias, options, memory, shard):
         first, classes, group = shard
@@ -249,8 +265,11 @@ def _unfit_for_torch(hidden, weight, target, bias, ignore_index, label_smoothing
     return "it holds all logits" if budget is not None else _needs_whole_vocabulary(*rest)
 
 
+_WHOLE = "it needs the whole vocabulary"
+
+
 def _needs_whole_vocabulary(wanted, shard) -> str | None:
-    return "it needs the whole vocabulary" if shard[-1] is not None else None
+    return _WHOLE if shard[-1] is not None else None
 
 
 LINEAR_CROSS_ENTROPY = Operator(

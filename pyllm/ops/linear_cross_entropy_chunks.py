@@ -188,7 +188,7 @@ def _coefficients(dloss, statistics, target, ignore_index, label_smoothing, z_lo
     if z_loss:
         a = a * (1 + 2 * z_loss * (peak + total.log()))
     factors = (_where_counted(f, target, ignore_index, classes) for f in (a, (1 - label_smoothing) * rows))
-    share = label_smoothing / classes if label_smoothing else 0.0
+    share = label_smoothing / max(classes, 1)
     return torch.stack([shift(peak), *factors, _where_counted(share * rows, target, ignore_index, classes)])
 
 

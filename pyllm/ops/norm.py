@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
+from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
 from pyllm.ops._autocast import full_precision
 from pyllm.ops._registration import apply, draw_rng, gradient_of, if_given, kernel, needs_grad, no_dropout, on_kernels
@@ -204,17 +205,21 @@ def add_rms_norm_bwd(
 # --- autograd, one class per backend for both norms, over the forward and the backward in LayerNorm's form ---
 
 
-def _norm(value: Callable, gradient: Callable) -> Implementation:
+def _norm(value: Callable, gradient: Callable, composed: Callable) -> Implementation:
+    """composed: value in PyTorch's operators, with the same arguments."""
+
     class Norm(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight, bias, eps):
             y, mean, rstd = value(x, weight, bias, eps)
             ctx.save_for_backward(x, weight, bias, mean, rstd)
+            ctx.eps = eps
             return y
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dy):
+            if beyond_kernels(dy):
+                return *vjp(partial(composed, eps=ctx.eps), ctx.saved_tensors[:3], ctx.needs_input_grad[:3], [dy]), None
             return *gradient(dy, *ctx.saved_tensors), None
 
     def run(x, weight, bias, eps):
@@ -230,7 +235,7 @@ def _layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
         dx, dweight, dbias = bwd(dy, x, weight, bias, mean, rstd)
         return dx, if_given(weight, dweight), if_given(bias, dbias)
 
-    return _norm(fwd, gradient)
+    return _norm(fwd, gradient, reference.layer_norm)
 
 
 def _rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
@@ -242,25 +247,38 @@ def _rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
         dx, dweight = bwd(dy, x, weight, rstd)
         return dx, if_given(weight, dweight), None
 
-    return _norm(value, gradient)
+    return _norm(value, gradient, _reference_rms_norm)
 
 
-def _add_norm(value: Callable, gradient: Callable) -> Implementation:
+def _add_norm(value: Callable, gradient: Callable, composed: Callable) -> Implementation:
+    """composed: the norm alone, in PyTorch's operators."""
+
     class AddNorm(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, residual, weight, bias, x_bias, rng, dropout_p, eps):
             y, z, mean, rstd = value(x, residual, weight, bias, x_bias, rng, dropout_p, eps)
             ctx.save_for_backward(z, weight, bias, x_bias, mean, rstd, rng)
-            ctx.dropout = (dropout_p, x.dtype)
+            ctx.dropout, ctx.eps = (dropout_p, x.dtype), eps
             ctx.set_materialize_grads(False)
             return y, z
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dy, dz):
             z, *_ = saved = ctx.saved_tensors
             dy = torch.zeros_like(z) if dy is None else dy
+            if beyond_kernels(dy, dz):
+                return *again(ctx, dy, dz), None, None, None
             return *gradient(dy, dz, *saved, *ctx.dropout), None, None, None
+
+    def again(ctx, dy, dz):
+        z, weight, bias, x_bias, *_, rng = ctx.saved_tensors
+        dropout_p, x_dtype = ctx.dropout
+        _, _, *parameters = ctx.needs_input_grad[:4]
+        of_norm = vjp(partial(composed, eps=ctx.eps), (z, weight, bias), (True, *parameters), [dy])
+        dresidual = of_norm[0] if dz is None else of_norm[0] + dz
+        dx = reference.dropout(dresidual, rng, dropout_p)
+        dx_bias = None if x_bias is None else dx.sum_to_size(x_bias.shape).to(x_bias.dtype)
+        return dx.to(x_dtype), dresidual, *of_norm[1:], dx_bias
 
     def run(x, residual, weight, bias, x_bias, rng, dropout_p, eps):
         if needs_grad(x, residual, weight, bias, x_bias):
@@ -278,7 +296,7 @@ def _add_layer_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
         dx = dx if dx.shape == z.shape else dresidual
         return dx, dresidual, if_given(weight, dweight), if_given(bias, dbias), if_given(x_bias, dx_bias)
 
-    return _add_norm(fwd, gradient)
+    return _add_norm(fwd, gradient, reference.layer_norm)
 
 
 def _add_rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
@@ -291,7 +309,7 @@ def _add_rms_norm_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
         dx = dx if dx.shape == z.shape else dresidual
         return dx, dresidual, if_given(weight, dweight), None, if_given(x_bias, dx_bias)
 
-    return _add_norm(value, gradient)
+    return _add_norm(value, gradient, _reference_rms_norm)
 
 
 # --- the same of PyTorch's calls ---

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
+from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
-from pyllm.ops._registration import kernel, needs_grad, on_kernels
+from pyllm.ops._registration import apply, kernel, needs_grad, on_kernels
 from pyllm.ops.attention import merged_heads
 from pyllm.reference import statistics_type
 
@@ -16,9 +16,9 @@ from pyllm.reference import statistics_type
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False) -> Tensor:
     """Turns pairs of the first R columns of x by the angles whose cos and sin are given; other columns pass through.
 
-    x: (B, H, S, D), any strides; cos and sin: (S, R / 2) or (B, S, R / 2), floating, R up to D, without a gradient. A
-    pair is columns (c, c + R / 2), or (2c, 2c + 1) if interleaved. inverse turns back. Returns x's shape and dtype,
-    stored as (B, S, H, D). Raises TypeError, ValueError or RuntimeError for what does not fit.
+    x: (B, H, S, D), any strides; cos and sin: (S, R / 2) or (B, S, R / 2), floating, R up to D. A pair is columns
+    (c, c + R / 2), or (2c, 2c + 1) if interleaved. inverse turns back. All three have gradients. Returns x's shape and
+    dtype, stored as (B, S, H, D). Raises TypeError, ValueError or RuntimeError for what does not fit.
     """
     args = (x, *_tables("rotary", x, cos, sin), interleaved, inverse)
     return select(ROTARY, *args)(*args)
@@ -28,9 +28,12 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, i
     """`rotary` in place, such as on the queries and keys in a packed matrix of them and the values; returns x.
 
     x: its last dimension contiguous, no element twice in memory. Under autograd x is no leaf that requires a gradient;
-    the gradient that comes in may be another operator's too, so it is turned back into a new tensor.
+    the gradient that comes in may be another operator's too, so it is turned back into a new tensor. cos and sin have
+    no gradient, which would need the x that is overwritten: raises ValueError where they require one.
     """
     tables = _tables("rotary_", x, cos, sin)
+    if needs_grad(*tables):
+        raise ValueError("rotary_: cos and sin must not require a gradient; rotary, which is not in place, has it")
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"rotary_: x must have a contiguous last dimension, got strides {x.stride()}")
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
@@ -51,7 +54,7 @@ def _tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
         cos.dim() in (2, 3)
         and cos.shape[-2] == x.shape[2]
         and (cos.dim() == 2 or cos.shape[0] in (1, x.shape[0]))
-        and 0 < 2 * cos.shape[-1] <= x.shape[3]
+        and min(1, x.shape[3]) <= 2 * cos.shape[-1] <= x.shape[3]
     ):
         raise ValueError(
             f"{op}: cos must have shape (S, R / 2) or (B, S, R / 2) with S = {x.shape[2]}, B = {x.shape[0]} and R at "
@@ -60,7 +63,7 @@ def _tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     _checks.shape(op, "sin", sin, cos.shape, "cos's")
     if cos.dim() == 3 and cos.shape[0] == 1:
         cos, sin = cos[0], sin[0]
-    return tuple(t.detach().to(statistics_type(x)).contiguous() for t in (cos, sin))
+    return tuple(t.to(statistics_type(x)).contiguous() for t in (cos, sin))
 
 
 # --- operators as PyTorch's dispatcher knows them ---
@@ -83,17 +86,28 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
     class Rotary(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, cos, sin, interleaved, inverse):
-            ctx.save_for_backward(cos, sin)
+            learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+            ctx.save_for_backward(cos, sin, x if learned else None)
             ctx.options = (interleaved, inverse)
             return fwd(x, cos, sin, interleaved, inverse)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dy):
-            return _turned_back(bwd, ctx, dy)
+            cos, sin, x = ctx.saved_tensors
+            interleaved, inverse = ctx.options
+            if x is not None:
+                return (
+                    *vjp(lambda *t: _reference(*t, *ctx.options), (x, cos, sin), ctx.needs_input_grad[:3], [dy]),
+                    None,
+                    None,
+                )
+            turn = _reference if beyond_kernels(dy) else bwd
+            return turn(dy, cos, sin, interleaved, not inverse), None, None, None, None
 
-    def run(x, *rest):
-        return Rotary.apply(x, *rest) if needs_grad(x) else fwd(x, *rest)
+    def run(x, cos, sin, *options):
+        if needs_grad(x, cos, sin):
+            return apply(Rotary, x, cos, sin, *options)
+        return fwd(x, cos, sin, *options)
 
     return Implementation(run)
 
@@ -109,9 +123,10 @@ def _inplace_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
             return x
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, dy):
-            return _turned_back(bwd, ctx, dy)
+            interleaved, inverse = ctx.options
+            turn = _reference if beyond_kernels(dy) else bwd
+            return turn(dy, *ctx.saved_tensors, interleaved, not inverse), None, None, None, None
 
     def run(x, *rest):
         if needs_grad(x):
@@ -120,11 +135,6 @@ def _inplace_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
         return x
 
     return Implementation(run)
-
-
-def _turned_back(bwd: OpOverload, ctx, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
-    interleaved, inverse = ctx.options
-    return bwd(dy, *ctx.saved_tensors, interleaved, not inverse), None, None, None, None
 
 
 def _reference(x, cos, sin, interleaved, inverse):

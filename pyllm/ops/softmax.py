@@ -1,12 +1,14 @@
 """softmax and log_softmax with scale, mask and causality fused in."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
 
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
+from pyllm.derivatives import beyond_kernels
 from pyllm.ops import _checks
 from pyllm.ops._autocast import full_precision
 from pyllm.ops._registration import apply, kernel, needs_grad, on_kernels
@@ -19,7 +21,8 @@ def softmax(
 
     x: any shape, float32, float64, bfloat16 or float16. attn_mask broadcasts to x's shape: boolean, True = take part,
     or x's dtype or float32, added, with a gradient if it requires one. is_causal keeps column j of row i where j <= i;
-    it wants dim to be the last and takes the one before as rows. Returns x's shape and dtype.
+    it wants dim to be the last and takes the one before as rows. Returns x's shape and dtype,
+    contiguous.
     Raises TypeError, ValueError, IndexError or RuntimeError for a dtype, a shape, a dim or a device that does not fit.
     """
     return _along("softmax", SOFTMAX, x, dim, scale, attn_mask, is_causal)
@@ -38,19 +41,23 @@ def _along(name: str, op: Operator, x: Tensor, dim: int, scale: float, attn_mask
     rank = x.dim()
     if rank == 0 or not -rank <= dim < rank:
         raise IndexError(f"{name}: dim must be in [{-rank}, {rank - 1}] for an x of {rank} dimensions, got {dim}")
-    last = dim in (-1, rank - 1)
-    if is_causal and (not last or rank < 2):
+    dim = dim if dim < 0 else dim - rank
+    if is_causal and (dim != -1 or rank < 2):
         raise ValueError(f"{name}: is_causal needs dim to be the last of at least two dimensions")
     if attn_mask is not None:
         _checks.attention_mask(name, attn_mask, x, "x")
         _checks.broadcasts(name, "attn_mask", attn_mask, x.shape, "x's shape")
         attn_mask = attn_mask.reshape((1,) * (rank - attn_mask.dim()) + attn_mask.shape)
-    if last:
-        return select(op, x, attn_mask, scale, is_causal)(x, attn_mask, scale, is_causal)
-    if attn_mask is not None:
-        attn_mask = attn_mask.transpose(dim, -1)
-    x = x.transpose(dim, -1)
-    return select(op, x, attn_mask, scale, is_causal)(x, attn_mask, scale, is_causal).transpose(dim, -1)
+    rows = x if dim == -1 else x.transpose(dim, -1)
+    return select(op, rows, attn_mask, scale, is_causal, dim)(x, attn_mask, scale, is_causal, dim)
+
+
+def _over(dim: int, function: Callable[..., Tensor], first: Tensor, second: Tensor | None, *options) -> Tensor:
+    """function(first, second, *options), which works on the last dimension, over `dim`; the result is contiguous."""
+    if dim == -1:
+        return function(first, second, *options)
+    first, second = (None if t is None else t.transpose(dim, -1) for t in (first, second))
+    return function(first, second, *options).transpose(dim, -1).contiguous()
 
 
 # --- operators as PyTorch's dispatcher knows them: attn_mask has x's rank, each size x's or 1 ---
@@ -78,49 +85,71 @@ def log_softmax_bwd(dy: Tensor, y: Tensor, scale: float) -> Tensor:
     return y.new_empty(y.shape)
 
 
-def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
-    class Softmax(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, attn_mask, scale, is_causal):
-            y = fwd(x, attn_mask, scale, is_causal)
-            ctx.save_for_backward(y)
-            ctx.scale = scale
-            if ctx.needs_input_grad[1]:
-                ctx.mask_like = (attn_mask.shape, attn_mask.dtype)
-            return y
+def _on(composed_bwd: Callable) -> Callable[[OpOverload, OpOverload], Implementation]:
+    """composed_bwd: the backward in PyTorch's operators, with its arguments."""
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, dy):
-            (y,) = ctx.saved_tensors
-            if not ctx.needs_input_grad[1]:
-                return bwd(dy, y, ctx.scale), None, None, None
-            shape, dtype = ctx.mask_like
-            dscores = bwd(dy, y, 1.0)
-            return dscores * ctx.scale, dscores.to(dtype).sum_to_size(shape), None, None
+    def on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
+        class Softmax(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, attn_mask, scale, is_causal, dim):
+                y = _over(dim, fwd, x, attn_mask, scale, is_causal)
+                ctx.save_for_backward(y)
+                ctx.scale, ctx.dim = scale, dim
+                if ctx.needs_input_grad[1]:
+                    ctx.mask_like = (attn_mask.shape, attn_mask.dtype)
+                return y
 
-    def run(x, attn_mask, scale, is_causal):
-        if needs_grad(x, attn_mask):
-            return apply(Softmax, x, attn_mask, scale, is_causal)
-        return fwd(x, attn_mask, scale, is_causal)
+            @staticmethod
+            def backward(ctx, dy):
+                (y,) = ctx.saved_tensors
+                gradient = composed_bwd if beyond_kernels(dy) else bwd
+                if not ctx.needs_input_grad[1]:
+                    return _over(ctx.dim, gradient, dy, y, ctx.scale), None, None, None, None
+                shape, dtype = ctx.mask_like
+                dscores = _over(ctx.dim, gradient, dy, y, 1.0)
+                return dscores * ctx.scale, dscores.to(dtype).sum_to_size(shape), None, None, None
 
-    return Implementation(run)
+        def run(x, attn_mask, scale, is_causal, dim):
+            if needs_grad(x, attn_mask):
+                return apply(Softmax, x, attn_mask, scale, is_causal, dim)
+            return _over(dim, fwd, x, attn_mask, scale, is_causal)
+
+        return Implementation(run)
+
+    return on
+
+
+def _composed_softmax_bwd(dy: Tensor, y: Tensor, scale: float) -> Tensor:
+    return scale * y * (dy - (y * dy).sum(-1, keepdim=True))
+
+
+def _composed_log_softmax_bwd(dy: Tensor, y: Tensor, scale: float) -> Tensor:
+    kept = y != -torch.inf
+    dy = torch.where(kept, dy, 0.0)
+    return scale * torch.where(kept, dy - y.exp() * dy.sum(-1, keepdim=True), 0.0)
+
+
+def _reference(function: Callable) -> Implementation:
+    def run(x, attn_mask, scale, is_causal, dim):
+        return _over(dim, function, x, attn_mask, scale, is_causal)
+
+    return Implementation(run, fused=False)
 
 
 def _on_torch(function) -> Implementation:
-    def run(x, attn_mask, scale, is_causal):
+    def run(x, attn_mask, scale, is_causal, dim):
         x = x if scale == 1.0 else x * scale
         if not is_causal:
-            return function(x, -1)
+            return function(x, dim)
         removed = ~reference.band(*x.shape[-2:], -1, 0, False, x.device)
         y = function(x.masked_fill(removed, -torch.inf), -1)
         # Filled once more, so that a gradient that comes in there stays out of log_softmax's sum.
         return y.masked_fill(removed, 0.0 if function is torch.softmax else -torch.inf)
 
-    def unfit(x, attn_mask, scale, is_causal):
+    def unfit(x, attn_mask, *_):
         return None if attn_mask is None else "a mask may leave a row empty, where torch gives NaN"
 
-    def fused(x, attn_mask, scale, is_causal):
+    def fused(x, attn_mask, scale, is_causal, dim):
         return scale == 1.0 and not is_causal
 
     return Implementation(run, unfit, fused)
@@ -128,11 +157,14 @@ def _on_torch(function) -> Implementation:
 
 SOFTMAX = Operator(
     "softmax",
-    on_kernels(_on, softmax_fwd, softmax_bwd)
-    | {"torch": _on_torch(torch.softmax), "reference": Implementation(reference.softmax, fused=False)},
+    on_kernels(_on(_composed_softmax_bwd), softmax_fwd, softmax_bwd)
+    | {"torch": _on_torch(torch.softmax), "reference": _reference(reference.softmax)},
 )
 LOG_SOFTMAX = Operator(
     "log_softmax",
-    on_kernels(_on, log_softmax_fwd, log_softmax_bwd)
-    | {"torch": _on_torch(torch.log_softmax), "reference": Implementation(reference.log_softmax, fused=False)},
+    on_kernels(_on(_composed_log_softmax_bwd), log_softmax_fwd, log_softmax_bwd)
+    | {
+        "torch": _on_torch(torch.log_softmax),
+        "reference": _reference(reference.log_softmax),
+    },
 )
