@@ -1,7 +1,10 @@
 """Backends and devices under test. Without a GPU, Triton's kernels run in its interpreter."""
 
+import functools
 import os
 import pathlib
+import types
+from collections import OrderedDict
 from collections.abc import Iterator
 
 # All of this has to be in the environment before torch, triton or pyllm are imported.
@@ -67,6 +70,44 @@ def nan_filled_outputs():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def fingerprint(value) -> object:
+    """Equal for values that a call cannot tell apart; an object that shows but its address is equal to itself alone."""
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad, content
+    if isinstance(value, functools.partial):
+        return fingerprint((value.func, value.args, value.keywords))
+    if isinstance(value, types.MethodType):
+        return fingerprint((value.__func__, value.__self__))
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__code__, fingerprint((value.__defaults__, value.__kwdefaults__, cells))
+    if isinstance(value, dict):
+        return tuple((name, fingerprint(v)) for name, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(fingerprint, value))
+    return type(value), repr(value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_truth_for_all_targets():
+    """What `check` compares with is not the backend's, and takes most of its time: of the last calls it is kept."""
+    expected, known = pyllm.testing._expected, OrderedDict()
+
+    def kept(function, inputs, seed):
+        state = torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu")
+        key = fingerprint((function, inputs, seed, state))
+        if key not in known:
+            known[key] = expected(function, inputs, seed)
+            if len(known) > 64:
+                known.popitem(last=False)
+        return known[key]
+
+    pyllm.testing._expected = kept
+    yield
+    pyllm.testing._expected = expected
 
 
 def pytest_addoption(parser):

@@ -84,6 +84,7 @@ def test_step_is_the_optimisers_too_and_leaves_the_weights():
     assert all(map(torch.equal, before, workload.leaves)) and not any(leaf.grad is not None for leaf in workload.leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["both", "step", "forward"])
 def test_graphed_layers_are_a_peer(direction, monkeypatch):
     case = measure.Case(BENCHMARKS["gpt2_block"], (2, 8, 64), "fp32", direction, "half padded")
@@ -94,6 +95,7 @@ def test_graphed_layers_are_a_peer(direction, monkeypatch):
     assert result.problem is None and not result.refused and result.seconds["graphed"] > 0
 
 
+@pytest.mark.slow
 def test_autocast_is_of_fp32_parameters():
     case = measure.Case(BENCHMARKS["llama_block"], (2, 8, 64), measure.AUTOCAST, "both", "full")
     (result,) = measure.measure(case, "reference", peers=("hf",), quick=True)
@@ -263,6 +265,7 @@ def test_peers_by_name():
     assert set(result.seconds) >= {"eager", "pyllm", "sdpa-flash"} and set(result.refused) >= {"sdpa-cudnn"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["", "causal"])
 def test_flex_attention_is_a_peer(variant):
     workload = measure.Case(BENCHMARKS["attention"], (1, 2, 128, 16), "fp32", "forward", variant).workload()

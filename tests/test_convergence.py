@@ -17,6 +17,7 @@ def content() -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(text.standard_library())), dtype=torch.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, dtype, dropout", [("gpt", "bf16", 0.1), ("bert", "fp32", 0.0), ("encoder-decoder", "fp32", 0.0)]
 )
@@ -36,6 +37,7 @@ class Backwards(pyllm.nn.TransformerEncoderLayer):
         return 2 * out.detach() - out
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_found(content):
     wrong = SimpleNamespace(**{n: getattr(pyllm.nn, n) for n in ("TransformerEncoder", "LayerNorm")})
     wrong.TransformerEncoderLayer = Backwards
