@@ -115,7 +115,9 @@ class use_backend:
         self._name = _check_name(name)
         asked()  # an object before this one that was not entered was a call
         self._is_call = True
-        _thread.name, _thread.call = name, weakref.ref(self)
+        _thread.call = weakref.ref(self)
+        if not _entered.get():
+            _thread.name = name
         _count(1)
 
     def __enter__(self):
@@ -158,12 +160,12 @@ def _move(entered: tuple[str | None, ...]) -> None:
 def _here() -> str | None:
     if torch.compiler.is_compiling():
         return _process if _thread.name == _OUTSIDE else _thread.name
-    call = _thread.call()
-    if call is not None and call._is_call:
-        call._settle()
     entered = _entered.get()
     if entered:
         return entered[-1]
+    call = _thread.call()
+    if call is not None and call._is_call:
+        call._settle()
     if torch._C._is_key_in_tls("pyllm_backend"):
         thread, name = torch._C._get_obj_in_tls("pyllm_backend")
         if thread != threading.get_ident() and name != _OUTSIDE:

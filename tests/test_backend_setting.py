@@ -49,7 +49,9 @@ def test_a_context_is_its_thread_s():
         assert asked() == "reference" and elsewhere() == "torch"
         with pyllm.use_backend(None):
             assert asked() is None and elsewhere() == "torch"
-        pyllm.use_backend("native")  # does not reach into a context
+        kept = pyllm.use_backend("native")  # does not reach into a context
+        assert asked() == "reference"
+        del kept
         assert asked() == "reference" and elsewhere() == "native"
     assert asked() == elsewhere() == "native"
 
