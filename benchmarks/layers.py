@@ -142,7 +142,7 @@ class Layer:
 
 
 def _off_the_kink(module: Module) -> None:
-    """Biases of 2 and -2 before a ReLU, of which the gradient jumps at 0: rounding would decide on which side a sum is."""
+    """Biases of 2 and -2 before a ReLU, whose gradient jumps at 0: rounding would decide on which side a sum is."""
     for layer in module.modules():
         if getattr(layer, "activation", None) in (F.relu, "relu") and layer.linear1.bias is not None:
             with torch.no_grad():
