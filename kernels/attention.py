@@ -154,7 +154,7 @@ def attention_bwd(
     dkey, dvalue = merged(key), merged(key)
     delta = torch.empty_like(lse)
 
-    rows = max(16, 4096 // one.arguments["BLOCK_D"])
+    rows = max(16, 2048 // one.arguments["BLOCK_D"])
     programs = query.shape[0] * one.heads * triton.cdiv(query.shape[2], rows)
     if programs:
         launch(
@@ -201,7 +201,6 @@ def attention_bwd(
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=one.device) if mask_gradient else query.new_empty(0)
     if dmask.numel():
         del sizes["TMA"]
-        sizes["BLOCK_M"] = min(sizes["BLOCK_M"], 64)  # of 128 it spills on sm_90
         has_rows, has_cols = dmask.shape[2] != 1, dmask.shape[3] != 1
         programs = dmask.shape[0] * dmask.shape[1]
         programs *= triton.cdiv(dmask.shape[2], sizes["BLOCK_M"]) if has_rows else 1

@@ -87,18 +87,15 @@ def _gradients(
     dp = outer(b_dout, b_v, SWAP)
     if features.p_rng is not None:
         keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
-        dp = tl.where(keep, dp * head.kept_scale, 0.0)
-    dp -= b_delta[:, None]
-    if SOFTCAP:
-        bent = 1 - bent * bent
+        ds = p * (tl.where(keep, dp * head.kept_scale, 0.0) - b_delta[:, None])
+    else:
+        ds = p * (dp - b_delta[:, None])
+    dqk = ds * (1 - bent * bent) if SOFTCAP else ds
     if BOUNDARY or (features.mask is not None) or (features.padding is not None):
-        dp = tl.where(p == 0.0, 0.0, dp)  # of what is not seen it may be NaN
-        if SOFTCAP:
-            bent = tl.where(p == 0.0, 0.0, bent)
-    ds = p * dp
+        ds = tl.where(s == -INF, 0.0, ds)  # dp and bent may be NaN for what is not seen
+        dqk = tl.where(s == -INF, 0.0, dqk) if SOFTCAP else ds
     if features.p_rng is not None:
         p = tl.where(keep, p, 0.0)
-    dqk = ds * bent if SOFTCAP else ds
     return p, ds, dqk
 
 
@@ -239,8 +236,8 @@ def attention_bwd_key_kernel(
     b_k = load_keys(
         at(call.k, common, common.h, common.row_k), call.k.row, first_n, common, features, D, BLOCK_N, BLOCK_D, True
     )
-    b_v = load_keys(
-        at(call.v, common, common.h, common.row_k), call.v.row, first_n, common, features, D, BLOCK_N, BLOCK_D, True
+    b_v = load_rows(
+        at(call.v, common, common.h, common.row_k), call.v.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True
     )
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
@@ -327,7 +324,7 @@ def attention_bwd_query_kernel(
     around = reach(first_m, head.Sq, head.Sk, features.left, features.right, head.shift, BLOCK_M, BLOCK_N)
     for first_n in range(around[0], around[3], BLOCK_N):
         b_k = load_keys(p_k, call.k.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True, TMA)
-        b_v = load_keys(p_v, call.v.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True, TMA)
+        b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
         dqk = _gradients(
             b_q,
             b_k,
@@ -400,8 +397,8 @@ def attention_bwd_mask_kernel(
                 b_dout = load_rows(p_dout, given.dout.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
                 around = reach(first_m, head.Sq, head.Sk, features.left, features.right, head.shift, BLOCK_M, BLOCK_N)
                 for first_n in range(tl.maximum(around[0], begin_n), tl.minimum(around[3], stop_n), BLOCK_N):
-                    b_k = load_keys(p_k, call.k.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True)
-                    b_v = load_keys(p_v, call.v.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True)
+                    b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
+                    b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True)
                     ds = _gradients(
                         b_q,
                         b_k,

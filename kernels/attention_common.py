@@ -387,7 +387,8 @@ def absorb(s, total, peak, NATURAL: tl.constexpr):
 def finished(acc, total, peak, NATURAL: tl.constexpr):
     """(output [BLOCK_M, BLOCK_D], log-sum-exp [BLOCK_M]); 0 and -inf in a row without keys."""
     some = tl.where(total == 0.0, 1.0, total)
-    return acc / some[:, None], tl.where(total == 0.0, -INF, peak * (1.0 if NATURAL else 1.0 / LOG2E) + tl.log(some))
+    b_out = tl.where(total[:, None] == 0.0, 0.0, acc / some[:, None])  # acc is NaN where a value that is not seen is
+    return b_out, tl.where(total == 0.0, -INF, peak * (1.0 if NATURAL else 1.0 / LOG2E) + tl.log(some))
 
 
 @triton.jit
@@ -435,23 +436,16 @@ def scores(
         if mask.p.dtype.element_ty == tl.int1:
             s = tl.where(tl.load(p_mask + o_mask, mask=m_mask, other=0), s, -INF)
         else:
-            b_mask = tl.load(p_mask + o_mask, mask=m_mask, other=-INF).to(s.dtype)
-            s = tl.where(b_mask == -INF, -INF, s + b_mask)
+            b_mask = tl.load(p_mask + o_mask, mask=m_mask, other=0)
+            s = tl.where(b_mask == -INF, -INF, s + b_mask.to(s.dtype))
     if features.padding is not None:
         s = tl.where(load_padding(o_n, head, features.padding)[None, :], -INF, s)
     if BOUNDARY:
-        s = tl.where((o_m < head.Sq)[:, None] & (o_n < head.Sk)[None, :], s, -INF)
+        s = tl.where((o_n < head.Sk)[None, :], s, -INF)
+        if features.mask is None:  # 0 times NaN of a key would make one of a query that there is not
+            s = tl.where((o_m < head.Sq)[:, None], s, -INF)
         s = within(s, distance, features.left, features.right)
     return s, bent
-
-
-@triton.jit
-def seen(b_x, s):
-    """Rows of keys or values, 0 where the scores s [BLOCK_M, BLOCK_N] of all queries are removed.
-
-    Their weights are 0, but a product with NaN is NaN.
-    """
-    return tl.where((tl.max((s != -INF).to(tl.int32), 0) == 1)[:, None], b_x, 0.0)
 
 
 @triton.jit
@@ -467,7 +461,10 @@ def load_keys(
     BOUNDARY: tl.constexpr,
     TMA: tl.constexpr = False,
 ):
-    """`load_rows` of keys or values, 0 where padding or, at a boundary, the band hides them from every query."""
+    """`load_rows` of keys or values, 0 where padding or, at a boundary, the band hides them from every query.
+
+    Their weights are 0, but a product with NaN is NaN.
+    """
     b_x = load_rows(p_x, stride, first, head.Sk, D, BLOCK, BLOCK_D, BOUNDARY, TMA)
     o_n = first + tl.arange(0, BLOCK)
     if features.padding is not None:

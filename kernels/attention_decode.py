@@ -34,7 +34,6 @@ from pyllm.kernels.attention_common import (
     outer,
     row_major,
     rows_of,
-    seen,
     shape_and_scale,
     slopes_of,
     within,
@@ -226,9 +225,9 @@ def attention_decode_kernel(
             s -= b_slope[:, None] * UNIT * tl.abs(distance).to(s.dtype)
         s = within(tl.where(m_n[None, :], s, -INF), distance, left, right)
         p, shrink, sums, peak = absorb(s, sums, peak, NATURAL)
+        if left is not None:  # a weight of 0 does not keep out NaN: what no query sees is not read
+            m_n &= o_n >= total - Sn - left
         b_v = _keys(values, kv_head, page, row, m_n, D, BLOCK_D)
-        if (left is not None) or (right is not None):
-            b_v = seen(b_v, s)
         acc = dot(rounded(p, b_v.dtype), b_v, acc * shrink[:, None])
     b_out, b_lse = finished(acc, sums, peak, NATURAL)
     p_out = out.p + share.to(tl.int64) * out.share + b * out.batch + o_h * out.head + o_row * out.row

@@ -18,7 +18,6 @@ from pyllm.kernels.attention_common import (
     place,
     reach,
     scores,
-    seen,
     store_rows,
 )
 from pyllm.kernels.philox import keep_mask
@@ -58,8 +57,6 @@ def _attend(
             keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
             p = tl.where(keep, p, 0.0)
         b_v = load_keys(p_v, call.v.row, first_n, head, features, D, BLOCK_N, BLOCK_D, BOUNDARY, TMA)
-        if features.mask is not None:
-            b_v = seen(b_v, s)
         acc = dot(rounded(p, b_v.dtype), b_v, acc * shrink[:, None])
     return acc, total, peak
 

@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) out[m][n][i] *= norm;
+        for (int i = 2 * half; i < 2 * half + 2; ++i) out[m][n][i] = norm == 0 ? 0 : out[m][n][i] * norm;
       const int row = first_row + kMatrix * m + 8 * half;
       if (lane_id() % 4 == 0 && row < block.rows) {
         const float lse = (softmax.peak[m][half] * factor + log2_approx(total)) * (1 / kLog2E);
