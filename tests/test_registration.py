@@ -118,7 +118,8 @@ def test_opcheck(target):
     registered = {
         n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{namespace}::")
     }
-    assert called == registered, "an operator without a call here"
+    drawn = {"draw_rng"} & registered  # by PyTorch's generator: no kernel of ours, and other numbers at each call
+    assert called == registered - drawn, "an operator without a call here"
 
 
 @pytest.mark.skipif(len(NAMESPACES) < 2, reason="needs both kernel backends")
