@@ -407,17 +407,19 @@ def _unfit_for_sdpa(*args) -> str | None:
 
 def unfit_for_kernels(query: Tensor, *_) -> str | None:
     """Implementation.unfit of this package's kernels."""
-    heads, dim = query.shape[1], query.shape[-1]
+    _, heads, _, dim = query.shape
+    if heads and 0 < dim <= 256:
+        return None
     if dim > 256:
         return f"its kernels take a head_dim of up to 256, and this one is {dim}"
-    return None if heads and dim else "its kernels take a head and a head_dim of 1 at least"
+    return "its kernels take a head and a head_dim of 1 at least"
 
 
 def _unfit_for_native(*args) -> str | None:
-    call = AttentionCall(*args[:-1])
-    why = unfit_for_kernels(call.query)
-    if call.query.is_cpu or why is not None:
+    why = unfit_for_kernels(args[0])
+    if args[0].is_cpu or why is not None:
         return why
+    call = AttentionCall(*args[:-1])
     if call.query.shape[-1] % 8:
         return f"its CUDA C++ kernels take a head_dim that is a multiple of 8, and this one is {call.query.shape[-1]}"
     step, traced = 16 // call.query.element_size(), torch.compiler.is_compiling()
