@@ -311,7 +311,6 @@ BAD = [
     ({"key": _ones(2, 0, 6, 8), "value": _ones(2, 0, 6, 8)}, ValueError, "key's 0"),
     ({"value": _ones(2, 2, 7, 8)}, ValueError, "value must have shape"),
     ({"value": None}, TypeError, "value must be a Tensor"),
-    ({n: _ones(1, 2, 3, 0) for n in ("query", "key", "value")}, ValueError, "query must have a head_dim of 1 or more"),
     ({"attn_mask": [True]}, TypeError, "attn_mask must be a Tensor"),
     ({"attn_mask": _ones(5, 6, dtype=torch.int64)}, TypeError, "attn_mask must be bool, float32 or"),
     ({"attn_mask": _ones(5, 6, dtype=torch.float16)}, TypeError, "attn_mask must be bool, float32 or"),

@@ -43,7 +43,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """dropout(softmax(score + masks)) value, tile by tile with online softmax (Dao et al., 2022).
 
-    query (B, H, Sq, D), key and value (B, Hkv, Sk, D), H a multiple of Hkv, D from 1 on, one dtype out of float32,
+    query (B, H, Sq, D), key and value (B, Hkv, Sk, D), H a multiple of Hkv, one dtype out of float32,
     float64, bfloat16 and float16; any strides with a contiguous last dimension are read in place. A D above 256
     is left to PyTorch's kernels.
     The score of query i and key j is softcap * tanh(scale q.k / softcap), or scale q.k at softcap 0, + attn_mask +
