@@ -154,7 +154,7 @@ def attention_bwd(
     dkey, dvalue = merged(key), merged(key)
     delta = torch.empty_like(lse)
 
-    rows = max(16, 2048 // one.arguments["BLOCK_D"])
+    rows = max(16, 4096 // one.arguments["BLOCK_D"])
     programs = query.shape[0] * one.heads * triton.cdiv(query.shape[2], rows)
     if programs:
         launch(
@@ -200,12 +200,12 @@ def attention_bwd(
 
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=one.device) if mask_gradient else query.new_empty(0)
     if dmask.numel():
-        del sizes["TMA"]
         has_rows, has_cols = dmask.shape[2] != 1, dmask.shape[3] != 1
         programs = dmask.shape[0] * dmask.shape[1]
         programs *= triton.cdiv(dmask.shape[2], sizes["BLOCK_M"]) if has_rows else 1
         programs *= triton.cdiv(dmask.shape[3], sizes["BLOCK_N"]) if has_cols else 1
         own = {"p_dmask": dmask, "mask_shape": tuple(dmask.shape), "ROWS": has_rows, "COLS": has_cols}
+        del sizes["TMA"]
         one.launch(attention_bwd_mask_kernel, programs, **own, **sizes)
     return dquery.to(query.dtype), dkey, dvalue, dmask, dbias
 

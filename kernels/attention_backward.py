@@ -12,7 +12,6 @@ from pyllm.kernels.attention_common import (
     at,
     dot,
     head_of,
-    load_keys,
     load_rows,
     matrix,
     number,
@@ -88,15 +87,10 @@ def _gradients(
     if features.p_rng is not None:
         keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
         ds = p * (tl.where(keep, dp * head.kept_scale, 0.0) - b_delta[:, None])
+        p = tl.where(keep, p, 0.0)
     else:
         ds = p * (dp - b_delta[:, None])
-    dqk = ds * (1 - bent * bent) if SOFTCAP else ds
-    if BOUNDARY or (features.mask is not None) or (features.padding is not None):
-        ds = tl.where(s == -INF, 0.0, ds)  # dp and bent may be NaN for what is not seen
-        dqk = tl.where(s == -INF, 0.0, dqk) if SOFTCAP else ds
-    if features.p_rng is not None:
-        p = tl.where(keep, p, 0.0)
-    return p, ds, dqk
+    return p, ds, ds * (1 - bent * bent) if SOFTCAP else ds
 
 
 @triton.jit
@@ -233,8 +227,8 @@ def attention_bwd_key_kernel(
         return
     first_n = tile * BLOCK_N
     common = head_of(b, kv_head, sizes, features, ACC, BOTTOM)
-    b_k = load_keys(
-        at(call.k, common, common.h, common.row_k), call.k.row, first_n, common, features, D, BLOCK_N, BLOCK_D, True
+    b_k = load_rows(
+        at(call.k, common, common.h, common.row_k), call.k.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True
     )
     b_v = load_rows(
         at(call.v, common, common.h, common.row_k), call.v.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True
@@ -323,7 +317,7 @@ def attention_bwd_query_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     around = reach(first_m, head.Sq, head.Sk, features.left, features.right, head.shift, BLOCK_M, BLOCK_N)
     for first_n in range(around[0], around[3], BLOCK_N):
-        b_k = load_keys(p_k, call.k.row, first_n, head, features, D, BLOCK_N, BLOCK_D, True, TMA)
+        b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
         b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
         dqk = _gradients(
             b_q,

@@ -387,8 +387,7 @@ def absorb(s, total, peak, NATURAL: tl.constexpr):
 def finished(acc, total, peak, NATURAL: tl.constexpr):
     """(output [BLOCK_M, BLOCK_D], log-sum-exp [BLOCK_M]); 0 and -inf in a row without keys."""
     some = tl.where(total == 0.0, 1.0, total)
-    b_out = tl.where(total[:, None] == 0.0, 0.0, acc / some[:, None])  # acc is NaN where a value that is not seen is
-    return b_out, tl.where(total == 0.0, -INF, peak * (1.0 if NATURAL else 1.0 / LOG2E) + tl.log(some))
+    return acc / some[:, None], tl.where(total == 0.0, -INF, peak * (1.0 if NATURAL else 1.0 / LOG2E) + tl.log(some))
 
 
 @triton.jit
@@ -432,51 +431,17 @@ def scores(
         mask = features.mask
         o_mask = o_m.to(tl.int64)[:, None] * mask.row + o_n.to(tl.int64)[None, :] * mask.col
         p_mask = mask.p + head.b * mask.batch + head.h * mask.head
-        m_mask = (o_m < head.Sq)[:, None] & (o_n < head.Sk)[None, :]
-        if mask.p.dtype.element_ty == tl.int1:
-            s = tl.where(tl.load(p_mask + o_mask, mask=m_mask, other=0), s, -INF)
+        b_mask = tl.load(p_mask + o_mask, mask=(o_m < head.Sq)[:, None] & (o_n < head.Sk)[None, :], other=0)
+        if b_mask.dtype == tl.int1:
+            s = tl.where(b_mask, s, -INF)
         else:
-            b_mask = tl.load(p_mask + o_mask, mask=m_mask, other=0)
-            s = tl.where(b_mask == -INF, -INF, s + b_mask.to(s.dtype))
+            s += b_mask.to(s.dtype)
     if features.padding is not None:
-        s = tl.where(load_padding(o_n, head, features.padding)[None, :], -INF, s)
+        padding = features.padding
+        p_padding = padding.p + head.batch * padding.batch + (head.row_k + o_n) * padding.col
+        b_padding = tl.load(p_padding, mask=o_n < head.Sk, other=1)
+        s = tl.where(b_padding[None, :], -INF, s)
     if BOUNDARY:
         s = tl.where((o_n < head.Sk)[None, :], s, -INF)
-        if features.mask is None:  # 0 times NaN of a key would make one of a query that there is not
-            s = tl.where((o_m < head.Sq)[:, None], s, -INF)
         s = within(s, distance, features.left, features.right)
     return s, bent
-
-
-@triton.jit
-def load_keys(
-    p_x,
-    stride,
-    first,
-    head,
-    features,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BOUNDARY: tl.constexpr,
-    TMA: tl.constexpr = False,
-):
-    """`load_rows` of keys or values, 0 where padding or, at a boundary, the band hides them from every query.
-
-    Their weights are 0, but a product with NaN is NaN.
-    """
-    b_x = load_rows(p_x, stride, first, head.Sk, D, BLOCK, BLOCK_D, BOUNDARY, TMA)
-    o_n = first + tl.arange(0, BLOCK)
-    if features.padding is not None:
-        b_x = tl.where((load_padding(o_n, head, features.padding) == 0)[:, None], b_x, 0.0)
-    if BOUNDARY and (features.left is not None):
-        b_x = tl.where((o_n >= head.shift - features.left)[:, None], b_x, 0.0)
-    if BOUNDARY and (features.right is not None):
-        b_x = tl.where((o_n < head.Sq + head.shift + features.right)[:, None], b_x, 0.0)
-    return b_x
-
-
-@triton.jit
-def load_padding(o_n, head, padding):
-    p_padding = padding.p + head.batch * padding.batch + (head.row_k + o_n) * padding.col
-    return tl.load(p_padding, mask=o_n < head.Sk, other=1)

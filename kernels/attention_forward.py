@@ -11,7 +11,6 @@ from pyllm.kernels.attention_common import (
     dot,
     finished,
     head_of,
-    load_keys,
     load_rows,
     matrix,
     number,
@@ -56,7 +55,7 @@ def _attend(
             o_m = first_m + tl.arange(0, BLOCK_M)
             keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        b_v = load_keys(p_v, call.v.row, first_n, head, features, D, BLOCK_N, BLOCK_D, BOUNDARY, TMA)
+        b_v = load_rows(p_v, call.v.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY, TMA)
         acc = dot(rounded(p, b_v.dtype), b_v, acc * shrink[:, None])
     return acc, total, peak
 
