@@ -57,7 +57,8 @@ def dropped(x, p_rng, threshold, o_rows, first, BLOCK_N: tl.constexpr):
     """dropout(x) of a block [BLOCK_M, BLOCK_N] whose first column is `first`."""
     keep = keep_mask(tl.load(p_rng), tl.load(p_rng + 1), 0, o_rows, first, threshold, BLOCK_N)
     kept = tl.maximum(65536 - threshold, 1).to(x.dtype)  # at p = 1 nothing is kept, so that any divisor will do
-    return x * tl.where(keep, 65536.0 / kept, 0.0)  # what is dropped shows if it is NaN
+    # What is dropped shows if it is NaN. In this form no kernel spills.
+    return x * tl.where(keep, 1.0, 0.0) * (65536.0 / kept)
 
 
 @triton.jit

@@ -19,8 +19,9 @@ def floating(op: str, name: str, tensor: Tensor) -> None:
 
 
 def like(op: str, name: str, tensor: Tensor, first: str, other: Tensor) -> None:
-    """The tensor has the device and the dtype of another argument."""
-    floating(op, name, tensor)
+    """The tensor has the device and the dtype of another argument, which was checked."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != other.dtype:
+        floating(op, name, tensor)
     same_device(op, name, tensor, first, other)
     if tensor.dtype != other.dtype:
         raise TypeError(f"{op}: {name} must have the dtype of {first}, {other.dtype}, got {tensor.dtype}")
@@ -31,8 +32,8 @@ def same_device(op: str, name: str, tensor: Tensor, first: str, other: Tensor) -
         raise RuntimeError(f"{op}: {name} must be on the device of {first}, {other.device}, got {tensor.device}")
 
 
-def shape(op: str, name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
-    if tensor.shape != torch.Size(expected):
+def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tensor.shape != expected:
         raise ValueError(f"{op}: {name} must have shape {meaning} = {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
@@ -44,11 +45,14 @@ def rows(op: str, name: str, tensor: Tensor) -> None:
 
 
 def parameter(op: str, name: str, tensor: Tensor, first: str, x: Tensor, meaning: str = "(N,)") -> None:
-    """The tensor has an element for each column of x, in x's dtype or float32."""
-    floating(op, name, tensor)
+    """The tensor has an element for each column of x, which was checked, in x's dtype or float32."""
+    dtype = tensor.dtype if isinstance(tensor, Tensor) else None
+    fits = dtype == x.dtype or dtype == torch.float32
+    if not fits:
+        floating(op, name, tensor)
     same_device(op, name, tensor, first, x)
-    if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
-        raise TypeError(f"{op}: {name} must be {x.dtype}, as {first}, or float32, got {tensor.dtype}")
+    if not fits:
+        raise TypeError(f"{op}: {name} must be {x.dtype}, as {first}, or float32, got {dtype}")
     if tensor.dim() != 1 or tensor.shape[0] != x.shape[-1]:
         shape(op, name, tensor, x.shape[-1:], meaning)
 

@@ -152,9 +152,10 @@ def check_operands(
         dims = meaning.count(",") + 1
         if tensor.dim() != dims:
             raise ValueError(f"{op}: {name} must have {dims} dimensions {meaning}, got {tuple(tensor.shape)}")
-    dim, heads, kv_heads = query.shape[-1], query.shape[1], key.shape[1]
-    first = query.shape[0] if of_key.startswith("(B,") else key.shape[0]
-    expected = (first, *key.shape[1:-1], dim)
+    sizes, kv_sizes = tuple(query.shape), tuple(key.shape)
+    heads, kv_heads = sizes[1], kv_sizes[1]
+    first = sizes[0] if of_key.startswith("(B,") else kv_sizes[0]
+    expected = (first, *kv_sizes[1:-1], sizes[-1])
     _checks.shape(op, names[0], key, expected, of_key)
     _checks.shape(op, names[1], value, expected, f"{of_key}, as {names[0]},")
     if heads % kv_heads if kv_heads else heads:
@@ -251,7 +252,7 @@ def options_of(op, query, is_causal, causal_alignment, window, softcap, scale, d
         raise ValueError(f"{op}: softcap must be a finite number, 0 (none) or more, got {softcap}")
     _checks.probability(op, "dropout_p", dropout_p)
     left, right = (-1, -1) if window is None else window
-    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
     right = 0 if is_causal else right
     return scale, float(softcap), float(dropout_p), left, right, causal_alignment == "bottom_right"
 
@@ -417,7 +418,7 @@ def unfit_for_kernels(query: Tensor, *_) -> str | None:
 
 def _unfit_for_native(*args) -> str | None:
     why = unfit_for_kernels(args[0])
-    if args[0].is_cpu or why is not None:
+    if why is not None or args[0].is_cpu:
         return why
     call = AttentionCall(*args[:-1])
     if call.query.shape[-1] % 8:

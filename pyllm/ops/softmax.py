@@ -112,7 +112,7 @@ def _on(composed_bwd: Callable) -> Callable[[OpOverload, OpOverload], Implementa
         def run(x, attn_mask, scale, is_causal, dim):
             if needs_grad(x, attn_mask):
                 return apply(Softmax, x, attn_mask, scale, is_causal, dim)
-            return _over(dim, fwd, x, attn_mask, scale, is_causal)
+            return fwd(x, attn_mask, scale, is_causal) if dim == -1 else _over(dim, fwd, x, attn_mask, scale, is_causal)
 
         return Implementation(run)
 
