@@ -215,7 +215,7 @@ def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool 
     for width, elements, candidates in _plan(op.name, device, tensor.dtype, is_grad_enabled(), name):  # noqa: B007
         if not (elements or width) or (tensor.numel() >= elements and tensor.shape[-1] >= width):
             break
-    refusals = []
+    refusals = ()
     for name, reason, why in candidates:
         if why is None:
             implementation = op.implementations[name]
@@ -225,7 +225,7 @@ def select(op: Operator, tensor: Tensor, *args, part: str = "run", record: bool 
                 if _recording is not None and record:
                     _record(op, name, "; ".join([reason, *refusals]), tensor, *args)
                 return getattr(implementation, part)
-        refusals.append(f"backend {name!r} cannot run {op.name}: {why}")
+        refusals += (f"backend {name!r} cannot run {op.name}: {why}",)
     raise CannotRun("; ".join(refusals))
 
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
     """Whether torch.func or vmap transforms what runs now, forward-mode differentiation is on, or torch.jit traces."""
     # Each operator call asks: no look-up that can be spared.
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _is_tracing()
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 
 def beyond_kernels(*cotangents: Tensor | None) -> bool:

@@ -185,6 +185,15 @@ def test_vmap_is_a_loop(target, case, which):
             torch.testing.assert_close(together, tree_map(lambda *parts: torch.stack(parts), *singles))
 
 
+def test_a_graph_made_before_has_tangents_too():
+    x, tangent = torch.randn(2, 3, 8)
+    compiled = torch.compile(ops.layer_norm, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, jvp(ops.layer_norm, (x,), (tangent,))[1])
+
+
 @every_target
 def test_explain_says_that_a_transform_is_composed(target):
     backend, device = target

@@ -73,7 +73,7 @@ def test_dtypes_that_operators_do_not_take(call, other: torch.dtype):
     assert_torchs(call, numbers(4, 6, dtype=other))
 
 
-@pytest.mark.parametrize(("x", "parameter"), itertools.permutations(FLOATS, 2), ids=str)
+@pytest.mark.parametrize(("x", "parameter"), list(itertools.permutations(FLOATS, 2)), ids=str)
 def test_mixed_dtypes_of_layer_norm(x: torch.dtype, parameter: torch.dtype):
     """Where torch computes, which is with float32 beside 16 bits, so do the operators; elsewhere it raises."""
     rows, weight, bias = numbers(4, 33, dtype=x), numbers(33, dtype=parameter), numbers(33, dtype=parameter)

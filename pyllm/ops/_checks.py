@@ -50,7 +50,8 @@ def parameter(op: str, name: str, tensor: Tensor, first: str, x: Tensor, meaning
     fits = dtype == x.dtype or dtype == torch.float32
     if not fits:
         floating(op, name, tensor)
-    same_device(op, name, tensor, first, x)
+    if tensor.device != x.device:
+        same_device(op, name, tensor, first, x)
     if not fits:
         raise TypeError(f"{op}: {name} must be {x.dtype}, as {first}, or float32, got {dtype}")
     if tensor.dim() != 1 or tensor.shape[0] != x.shape[-1]:

@@ -39,9 +39,10 @@ def _along(name: str, op: Operator, x: Tensor, dim: int, scale: float, attn_mask
     (x,) = full_precision(x)
     _checks.floating(name, "x", x)
     rank = x.dim()
-    if rank == 0 or not -rank <= dim < rank:
-        raise IndexError(f"{name}: dim must be in [{-rank}, {rank - 1}] for an x of {rank} dimensions, got {dim}")
-    dim = dim if dim < 0 else dim - rank
+    if dim != -1 or not rank:
+        if not -rank <= dim < rank:
+            raise IndexError(f"{name}: dim must be in [{-rank}, {rank - 1}] for an x of {rank} dimensions, got {dim}")
+        dim = dim if dim < 0 else dim - rank
     if is_causal and (dim != -1 or rank < 2):
         raise ValueError(f"{name}: is_causal needs dim to be the last of at least two dimensions")
     if attn_mask is not None:
