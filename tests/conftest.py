@@ -84,6 +84,8 @@ def fingerprint(value) -> object:
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         return value.__code__, fingerprint((value.__defaults__, value.__kwdefaults__, cells))
+    if isinstance(value, torch.nn.Module):  # itself alone, as long as it trains or does not
+        return value, tuple(module.training for module in value.modules())
     if isinstance(value, dict):
         return tuple((name, fingerprint(v)) for name, v in value.items())
     if isinstance(value, (list, tuple)):

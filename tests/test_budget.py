@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import fingerprint
 
 from pyllm.testing import assert_within_budget, check, randn
 
@@ -43,3 +44,9 @@ def test_check_wants_every_gradient():
 
         with pytest.raises(AssertionError, match=message):
             check(call, {"x": leaf}, "torch")
+
+
+def test_a_kept_truth_is_of_one_module_in_one_mode():
+    module = torch.nn.Dropout(0.5)
+    assert fingerprint([module]) == fingerprint([module]) != fingerprint([torch.nn.Dropout(0.5)])
+    assert fingerprint([module]) != fingerprint([module.eval()])

@@ -1,0 +1,41 @@
+"""What the tests of NaN and infinity share."""
+
+import math
+
+import pytest
+import torch
+from conftest import TARGETS
+from torch import Tensor
+
+from pyllm import testing
+from pyllm.testing import assert_within_budget, evaluate
+
+NAN, INF = math.nan, math.inf
+DTYPES = (torch.float32, torch.bfloat16)
+WITHOUT_TORCH = [t for t in TARGETS if t.values[0][0] != "torch"]  # its attention takes no masks, softmax neither
+fused = pytest.mark.parametrize("target", WITHOUT_TORCH)
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def as_composed(function, composed, inputs: dict, target: tuple[str, str]) -> None:
+    """Asserts that outputs and gradients on a backend are those of PyTorch's operators in fp64: NaN where they are."""
+    backend, device = target
+    inputs = {n: t.detach().to(device).requires_grad_(t.requires_grad) for n, t in inputs.items()}
+    draws = [inputs, *(testing._shrunk(inputs, draw) for draw in range(1, testing.DRAWS))]
+    truths, plains = ([_results(composed, i, None) for i in given] for given in ([_double(d) for d in draws], draws))
+    errors = [
+        [testing._error(p, t.nan_to_num(0.0)) for p, t in zip(*r, strict=True)]
+        for r in zip(plains, truths, strict=True)
+    ]
+    for i, (a, t, *error) in enumerate(zip(_results(function, inputs, backend), truths[0], *errors, strict=True)):
+        assert torch.equal(a.isnan(), t.isnan()), f"result {i}: NaN where there is none, or none where there is"
+        assert_within_budget(f"result {i}", *(x.masked_fill(t.isnan(), 0.0) for x in (a, t)), max(error))
+
+
+def _double(inputs: dict) -> dict:
+    return {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in inputs.items()}
+
+
+def _results(function, inputs: dict, backend: str | None) -> list[Tensor]:
+    outputs, gradients = evaluate(function, inputs, backend)
+    return [*outputs, *gradients]
