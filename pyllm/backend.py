@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -83,7 +83,7 @@ def _check_name(name: str | None) -> str | None:
 
 
 _process: str | None = None  # what a call has set
-_entered: ContextVar[tuple[str | None, ...]] = ContextVar("pyllm_backend", default=())  # contexts, the innermost last
+_entered: ContextVar[tuple["use_backend", ...]] = ContextVar("pyllm_backend", default=())  # the innermost last
 _asking: Callable[[], str | None] | None = None  # `_here`, while anything but `_process` may hold somewhere
 _open = 0  # contexts that are entered, and calls that may still become contexts
 _lock = threading.Lock()
@@ -100,8 +100,9 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class use_backend:
-    """Makes every operator run on `name`, or on the default choice again with None. A function and a context manager.
+class use_backend(ContextDecorator):
+    """Makes every operator run on `name`, or on the default choice again with None: a function, a context manager, and
+    a decorator of functions.
 
     A call sets it for the process, a context for its thread and task alone, there and in the backward passes that it
     runs. Contexts can be nested, and one object entered again. (What is assigned, `x = use_backend(name)`, may become
@@ -124,12 +125,21 @@ class use_backend:
         if not self._is_call:
             _count(1)
         self._is_call = False
-        _move((*_entered.get(), self._name))
+        _move((*_entered.get(), self))
         return self
 
     def __exit__(self, *_):
-        _move(_entered.get()[:-1])
+        left = list(_entered.get()[::-1])
+        left.remove(self)  # the innermost of its own: a generator may end within a context that was entered later
+        _move(tuple(left[::-1]))
         _count(-1)
+
+    def __call__(self, function: Callable) -> Callable:
+        if self._is_call:  # so it is no call
+            self._is_call = False
+            _move(_entered.get())
+            _count(-1)
+        return super().__call__(function)
 
     def __del__(self):
         if self._is_call:
@@ -150,9 +160,9 @@ def _count(change: int) -> None:
         _asking = _here if _open else None
 
 
-def _move(entered: tuple[str | None, ...]) -> None:
+def _move(entered: tuple[use_backend, ...]) -> None:
     _entered.set(entered)
-    _thread.name = entered[-1] if entered else _OUTSIDE
+    _thread.name = entered[-1]._name if entered else _OUTSIDE
     # PyTorch hands this on to the threads of a backward pass.
     torch._C._stash_obj_in_tls("pyllm_backend", (threading.get_ident(), _thread.name))
 
@@ -162,7 +172,7 @@ def _here() -> str | None:
         return _process if _thread.name == _OUTSIDE else _thread.name
     entered = _entered.get()
     if entered:
-        return entered[-1]
+        return entered[-1]._name
     call = _thread.call()
     if call is not None and call._is_call:
         call._settle()

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyllm.derivatives import transformed
+
 _MASK32 = 0xFFFFFFFF
 
 
@@ -50,9 +52,15 @@ def dropout_keep(rng: Tensor, p: float, heads: int, rows: int, cols: int, first_
     of an mma.sync accumulator holds of a row in 32 columns: call t of group g serves columns 32g + 8w + 2t + b, where w
     is the word of the result and b its half, the low one first.
     """
+    row = torch.arange(rows, device=rng.device)
+    head = torch.arange(first_head, first_head + heads, device=rng.device)
+    return _keep(rng, p, head[:, None], row, cols)
+
+
+def _keep(rng: Tensor, p: float, head: Tensor, row: Tensor, cols: int) -> Tensor:
+    """dropout_keep's (heads, rows, cols) for the numbers of heads (heads, rows or 1) and of rows (rows,) given."""
     calls = torch.arange(4 * -(-cols // 32), device=rng.device)
-    row = torch.arange(rows, device=rng.device)[:, None]
-    head = torch.arange(first_head, first_head + heads, device=rng.device)[:, None, None]
+    row, head = row[:, None], head[..., None]
     words = philox_4x32([calls, row, head, rng[1] & _MASK32], rng[0])
     words = torch.stack(words, -1).unflatten(2, (-1, 4))  # (heads, rows, g, t, w)
     halves = torch.stack([words & 0xFFFF, words >> 16], -1)  # (heads, rows, g, t, w, b)
@@ -271,6 +279,8 @@ def attention(*args) -> tuple[Tensor, Tensor]:
     call = AttentionCall(*args)
     if call.cu_seqlens_q is None:
         return _dense_attention(call, 0)
+    if transformed():  # which bounds there are is not to be seen
+        return _packed_attention(call)
     parts = [_dense_attention(*sequence) for sequence in _sequences(call)]
     if not parts:  # no sequence, so no row: what the masks say is of no account
         parts = [_dense_attention(call._replace(attn_mask=None, alibi_slopes=None), 0)]
@@ -299,31 +309,75 @@ def _sequences(call: AttentionCall):
         yield one, index
 
 
+def _packed_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Of all packed sequences at once, each query against every key of any, without a look at the bounds' values."""
+    device, heads = call.query.device, call.query.shape[1]
+    count = call.cu_seqlens_q.shape[0] - 1
+    sides = ((call.cu_seqlens_q, call.query.shape[2]), (call.cu_seqlens_k, call.key.shape[2]))
+    places = [(bounds.long(), torch.arange(size, device=device)) for bounds, size in sides]
+    of = [(place[:, None] >= bounds[1:]).sum(-1) for bounds, place in places]  # `count` behind the last sequence
+    (rows, cols) = (place - bounds[s] for (bounds, place), s in zip(places, of, strict=True))
+    together = (of[0][:, None] == of[1]) & (of[0] < count)[:, None]
+    distance = cols - rows[:, None]
+    which = of[0].clamp_max(max(count - 1, 0))
+    if call.bottom_right:
+        (bounds_q, _), (bounds_k, _) = places
+        distance = distance - (bounds_k.diff() - bounds_q.diff())[which][:, None]
+    mask, keep = call.attn_mask, None
+    if mask is not None:
+        numbers = (which[:, None], rows[:, None], cols)
+        batch, row, col = (n.clamp(0, s - 1) for n, s in zip(numbers, (mask.shape[0], *mask.shape[2:]), strict=True))
+        mask = mask[batch, :, row, col].permute(2, 0, 1)[None]
+    if call.alibi_slopes is not None:
+        slopes = call.alibi_slopes[which if call.alibi_slopes.shape[0] > 1 else torch.zeros_like(which)]
+        lowered = -(slopes.mT[None, :, :, None] * distance.abs()).to(call.query.dtype)
+        if mask is not None:
+            lowered = torch.where(mask, lowered, -math.inf) if mask.dtype == torch.bool else lowered + mask
+        mask = lowered
+    if mask is None or mask.dtype == torch.bool:
+        mask = together if mask is None else together & mask
+    else:
+        mask = torch.where(together, mask, -math.inf)
+    if call.dropout_p > 0.0:
+        head = which * heads + torch.arange(heads, device=device)[:, None]
+        keep = _keep(call.rng, call.dropout_p, head, rows, cols.shape[0])[..., cols]
+    return _attention(call._replace(attn_mask=mask, alibi_slopes=None), distance, keep)
+
+
 def _dense_attention(call: AttentionCall, first_batch: int) -> tuple[Tensor, Tensor]:
     batch, heads, sq, _ = call.query.shape
     sk = call.key.shape[2]
     distance = distances(torch.arange(sq, device=call.query.device), sq, sk, call.bottom_right)
+    keep = None
+    if call.dropout_p > 0.0:
+        keep = dropout_keep(call.rng, call.dropout_p, batch * heads, sq, sk, first_batch * heads)
+    return _attention(call, distance, keep)
+
+
+def _attention(call: AttentionCall, distance: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of a call that is not packed, or whose attn_mask tells sequences apart. distance: j - i; keep: of dropout."""
+    heads = call.query.shape[1]
     # Queries that see no key, and keys that no query sees, have weights of 0, but a product with NaN is NaN.
     hidden = _hidden(call, distance)
     no_key, no_query = hidden.all(-1)[..., None], hidden.all(-2)[..., None]
     query = call.query.masked_fill(no_key, 0.0)
     key, value = (_for_every_head(x, heads).masked_fill(no_query, 0.0) for x in (call.key, call.value))
     weights, lse = probabilities(attention_scores(call._replace(query=query, key=key), distance))
-    if call.dropout_p > 0.0:
-        keep = dropout_keep(call.rng, call.dropout_p, batch * heads, sq, sk, first_batch * heads)
+    if keep is not None:
         weights = weights * dropout_scale(call.dropout_p) * keep.view(weights.shape)
     out = weights.to(value.dtype) @ value
     return out.masked_fill(no_key, 0.0), lse.squeeze(-1).to(statistics_type(call.query))
 
 
 def attention_scores(call: AttentionCall, distance: Tensor) -> Tensor:
-    """The scores of a call that is not packed (B, H, Sq, Sk), -inf where masked; distance (Sq, Sk) is j - i."""
+    """The scores of a call (B, H, Sq, Sk), -inf where masked; distance is j - i, (Sq, Sk) or (B, 1, Sq, Sk)."""
     scores = (call.query @ _for_every_head(call.key, call.query.shape[1]).mT) * call.scale
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if call.distance_bias is not None:
         reach = call.distance_bias.shape[1] // 2
-        scores = scores + call.distance_bias[:, distance.clamp(-reach, reach) + reach].to(scores.dtype)
+        bias = call.distance_bias[:, distance.clamp(-reach, reach) + reach].to(scores.dtype)
+        scores = scores + (bias if distance.dim() == 2 else bias.squeeze(2).transpose(0, 1))
     if call.alibi_slopes is not None:
         scores = scores - (call.alibi_slopes[:, :, None, None] * distance.abs()).to(scores.dtype)
     if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:
@@ -387,32 +441,30 @@ class DecodeCall(NamedTuple):
 def attention_decode(*args) -> tuple[Tensor, Tensor]:
     """Appends key and value to the caches, then attention of query over each sequence: out (B, H, Sn, D) and lse."""
     call = DecodeCall(*args)
-    none = call.query[:0]
-    results = [(none, none.new_empty(none.shape[:3], dtype=statistics_type(none)))]
-    results += [_decode_one(call, index, length) for index, length in enumerate(call.cache_seqlens.tolist())]
-    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
-
-
-def _decode_one(call: DecodeCall, index: int, length: int) -> tuple[Tensor, Tensor]:
-    new = call.query.shape[2]
-    total = length + (new if call.key is not None else 0)
-    query, key = (None if t is None else t[index : index + 1] for t in (call.query, call.key))
+    query, key = call.query, call.key
+    batch, _, new, _ = query.shape
+    total = call.cache_seqlens.long() + (new if key is not None else 0)
+    positions = total[:, None] - new + torch.arange(new, device=query.device)  # (B, Sn)
     if call.cos is not None:
-        turn = (call.cos[total - new : total], call.sin[total - new : total], call.interleaved)
+        turn = (*(table[positions][:, None] for table in (call.cos, call.sin)), call.interleaved)
         query, key = rotary(query, *turn), None if key is None else rotary(key, *turn)
-    caches, places = [], torch.arange(total, device="cpu")
-    heads = torch.arange(call.key_cache.shape[1], device="cpu")  # each by its index, as vmap wants them
+    if call.block_table is None:
+        size = capacity = call.key_cache.shape[2]
+        pages = torch.arange(batch, device=query.device)[:, None]
+    else:
+        size = call.key_cache.shape[2]
+        capacity = size * call.block_table.shape[1]
+        pages = call.block_table.long()
+    places = torch.arange(capacity, device=query.device)
+    unused = places >= total[:, None]  # (B, capacity)
+    heads = torch.arange(call.key_cache.shape[1], device=query.device)  # each by its index, as vmap wants them
+    caches = []
     for cache, added in ((call.key_cache, key), (call.value_cache, call.value)):
-        if call.block_table is None:
-            pages, slots = torch.full_like(places, index), places
-        else:
-            size = cache.shape[2]
-            pages, slots = call.block_table[index].cpu().long()[places // size], places % size
         if added is not None:
-            rows = added if cache is call.key_cache else added[index : index + 1]
-            cache[pages[length:, None], heads, slots[length:, None]] = rows[0].transpose(0, 1)
-        caches.append(cache[pages[:, None], heads, slots[:, None]].transpose(0, 1)[None])
-    slopes = call.alibi_slopes
-    slopes = slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1]
-    options = (None, call.scale, call.softcap, 0.0, call.left, call.right, True)
-    return attention(query, *caches, None, None, call.distance_bias, slopes, None, None, *options)
+            page = pages.gather(1, positions // size)
+            cache[page[:, :, None], heads, (positions % size)[:, :, None]] = added.transpose(1, 2)
+        page = pages[:, places // size].masked_fill(unused, 0)
+        caches.append(cache[page[:, :, None], heads, (places % size)[:, None]].transpose(1, 2))
+    operands = (query, *caches, None, unused, call.distance_bias, call.alibi_slopes, None, None, None)
+    options = (call.scale, call.softcap, 0.0, call.left, call.right, True)
+    return _attention(AttentionCall(*operands, *options), (places - positions[..., None])[:, None], None)

@@ -201,3 +201,26 @@ def test_recomputation_runs_on_the_backend_of_the_context():
     with pyllm.use_backend("reference"):
         torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False).sum().backward()
     assert chosen == ["reference"] * 2
+
+
+def test_a_decorator_is_a_context_around_each_call():
+    @pyllm.use_backend("reference")
+    def inside(depth: int):
+        return [asked(), *(inside(depth - 1) if depth else ())]
+
+    assert asked() is elsewhere() is None
+    assert inside(2) == ["reference"] * 3
+    assert asked() is elsewhere() is None
+
+
+def test_contexts_may_end_in_any_order():
+    def generator():
+        with pyllm.use_backend("reference"):
+            yield asked()
+
+    begun = generator()
+    assert next(begun) == "reference"
+    with pyllm.use_backend("torch"):
+        begun.close()
+        assert asked() == "torch"
+    assert asked() is None

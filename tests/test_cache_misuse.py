@@ -205,3 +205,13 @@ def test_a_compiled_layer_sees_a_forgotten_advance():
             with pytest.raises(RuntimeError, match="layer 0 was called before"):
                 compiled(token, cache=cache, layer=0)
             cache.advance(1)
+
+
+def test_a_trace_of_a_cache_is_refused():
+    layers = layers_of(EncoderLayer, 1)
+    layers[0].requires_grad_(False)
+    cache, x = cache_for(layers), torch.randn(B, 1, E)
+    before = state(cache)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.jit\.trace would keep its lengths"):
+        torch.jit.trace(lambda x: layers[0](x, cache=cache, layer=0), x, check_trace=False)
+    assert_same(before, state(cache))

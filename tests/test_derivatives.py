@@ -10,6 +10,7 @@ from conftest import TARGETS
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 import pyllm
 from pyllm import ops
@@ -298,3 +299,44 @@ def test_the_table_in_the_docs():
         rows.append(f"| `{name}` | {' | '.join(cells)} |")
     text = (Path(__file__).parent.parent / "docs" / "transforms.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("| `")] == rows
+
+
+LENGTHS = torch.tensor([[3, 5], [0, 7], [8, 1]], dtype=torch.int32)
+
+
+def test_vmap_over_lengths(target):
+    """Of packed sequences, and of caches: what is not read may be batched."""
+    backend, device = target
+    bounds = torch.cat([torch.zeros_like(LENGTHS[:, :1]), LENGTHS[:, :1], torch.full_like(LENGTHS[:, :1], 8)], 1)
+    tokens, query = torch.randn(8, 2, 4, device=device), torch.randn(2, 2, 1, 4, device=device)
+    pages, table = torch.randn(6, 1, 16, 4, device=device), torch.tensor([[4, 0], [1, 5]], dtype=torch.int32)
+    cache = torch.randn(2, 1, 8, 4, device=device)
+    calls = (
+        (lambda b: ops.attention_varlen(tokens, tokens, tokens, b, b, is_causal=True), bounds),
+        (lambda n: ops.attention_decode(query, cache, cache, n, window=(3, 0)), LENGTHS),
+        (lambda n: ops.attention_decode(query, pages, pages, 3 * n, block_table=table.to(device)), LENGTHS),
+    )
+    with use_backend(backend):
+        for call, lengths in calls:
+            lengths = lengths.to(device)
+            try:
+                expected = torch.stack([call(one) for one in lengths])
+            except RuntimeError as error:
+                assert backend == "torch" and "cannot run" in str(error)
+                continue
+            torch.testing.assert_close(vmap(call)(lengths), expected)
+
+
+@composed_targets
+@every_case
+def test_second_derivatives_through_a_checkpoint(target, case):
+    """Whose tensors can be had once."""
+    backend, device = target
+    with use_backend(backend):
+        function, inputs = weighted(case, device)
+        results = []
+        for call in (function, lambda *tensors: checkpoint(function, *tensors, use_reentrant=False)):
+            gradients = torch.autograd.grad(call(*inputs).square(), inputs, create_graph=True)
+            total = sum(g.square().sum() for g in gradients)
+            results.append(torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True))
+        torch.testing.assert_close(*results)

@@ -1,5 +1,8 @@
 """unpad and pad, and stacks that run on tokens without padding: the same numbers where there is a token."""
 
+import threading
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch_parity import SMALL, E, H, assert_parity, compare, pair, results
@@ -242,3 +245,56 @@ def test_a_block_on_tokens(position, attention_dropout):
 def plain_error(gradient):
     """Sums of this many float32 terms, in another order."""
     return S * B * torch.finfo(torch.float32).eps * gradient.abs().max().item()
+
+
+class Noting(torch.nn.TransformerEncoderLayer):
+    """A layer of the user's, which notes the masks that it gets."""
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        self.got = src_mask, src_key_padding_mask, is_causal
+        return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+
+@pytest.mark.parametrize(
+    "mask", [None, CAUSAL, CAUSAL.flip(0), torch.randn(S, S)], ids=["none", "causal", "bool", "float"]
+)
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["full", "padded"])
+def test_a_layer_of_the_users_gets_the_masks_that_torch_gives_it(mask, padding):
+    theirs = torch.nn.TransformerEncoder(Noting(E, H, 40, batch_first=True), 1, enable_nested_tensor=False)
+    ours = TransformerEncoder(Noting(E, H, 40, batch_first=True), 1)
+    for model in (theirs, ours):
+        model(torch.randn(B, S, E), mask, padding)
+    for a, e in zip(ours.layers[0].got, theirs.layers[0].got, strict=True):
+        assert a is e if e is None or isinstance(e, bool) else a.dtype == e.dtype and torch.equal(a, e)
+
+
+def test_threads_that_interleave_get_what_torch_gives(monkeypatch):
+    """One encoder, of which one thread's decoder looks at padding and the other's does not."""
+    ours, theirs = pair("Transformer", **SMALL, dropout=0.0, batch_first=True)
+    padding, src, tgt = PADDING[[0, 1, 3]], torch.randn(3, S, E), torch.randn(3, 5, E)
+    expected = theirs(src, tgt, src_key_padding_mask=padding)
+    entered, left = threading.Barrier(2, timeout=60), threading.Event()
+    plain = TransformerEncoder.padded
+
+    @contextmanager
+    def padded(self):
+        with plain(self):
+            entered.wait()
+            if threading.current_thread() is not first:
+                assert left.wait(60)
+            yield
+        left.set()
+
+    def run(results):
+        results.append(ours(src, tgt, src_key_padding_mask=padding))
+
+    monkeypatch.setattr(TransformerEncoder, "padded", padded)
+    results = []
+    first, second = (threading.Thread(target=run, args=(results,)) for _ in range(2))
+    for thread in (first, second):
+        thread.start()
+    for thread in (first, second):
+        thread.join()
+    for result in results:
+        torch.testing.assert_close(result, expected)
+    assert len(results) == 2

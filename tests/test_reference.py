@@ -224,3 +224,24 @@ def test_dropout_is_philox():
     y = reference.dropout(x, rng, 0.25)
     assert set(y.unique().tolist()) == {0.0, 4 / 3} and abs((y == 0).double().mean() - 0.25) < 0.01
     assert torch.equal(reference.dropout(x, rng, 0.0), x) and not reference.dropout(x, rng, 1.0).any()
+
+
+@pytest.mark.parametrize("bottom_right", [False, True], ids=["top left", "bottom right"])
+@pytest.mark.parametrize("slopes", [0, 1, 4])
+@pytest.mark.parametrize("mask", [None, "bool", "float", "of keys"])
+@pytest.mark.parametrize("more", [False, True], ids=["alone", "with the rest"])
+def test_packed_without_a_look_at_the_bounds(mask, slopes, bottom_right, more):
+    """What transforms take is, sequence by sequence, what everything else takes."""
+    heads, longest = 4, (6, 5)
+    bounds = [torch.tensor(b, dtype=torch.int32) for b in ((0, 3, 3, 9, 10), (0, 5, 6, 9, 13))]
+    query, key, value = rand(1, heads, 10, 8), rand(1, 2, 13, 8), rand(1, 2, 13, 8)
+    masks = {
+        "bool": torch.rand(4, heads, *longest) > 0.3,
+        "float": rand(1, heads, *longest),
+        "of keys": rand(4, 1, 1, 5),
+    }
+    padding, bias = (torch.rand(1, 13) < 0.3, rand(heads, 7)) if more else (None, None)
+    rng, options = (torch.tensor([5, 7]), (0.4, 2.0, 0.3, 2, 1)) if more else (None, (0.4, 0.0, 0.0, -1, -1))
+    tensors = (query, key, value, masks.get(mask), padding, bias, rand(slopes, heads) if slopes else None, *bounds, rng)
+    call = (*tensors, *options, bottom_right)
+    torch.testing.assert_close(reference._packed_attention(reference.AttentionCall(*call)), reference.attention(*call))

@@ -10,7 +10,7 @@ from conftest import TARGETS
 from test_memory_plan import LAYERS, inputs
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch_parity import MODULES, E, H
 
 import pyllm
@@ -284,3 +284,17 @@ def test_save_on_cpu(name, save):
     with torch.autograd.graph.save_on_cpu():
         found = gradients()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_checkpoint_may_keep_every_result(name):
+    """And finds them as they were: nothing writes to a result that an operator of PyTorch's returned."""
+    layer, arguments = LAYERS[name](), [x.requires_grad_() for x in inputs(name)]
+    layer.train(name != "own activation")  # whose dropout is PyTorch's, which does
+    contexts = partial(create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+    results = []
+    for call in (layer, partial(checkpoint, layer, use_reentrant=False, context_fn=contexts)):
+        torch.manual_seed(1)
+        out = call(*arguments)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [*arguments, *layer.parameters()])])
+    torch.testing.assert_close(*results)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch_parity import E, H, compare
 
 import pyllm
@@ -325,3 +326,43 @@ def test_scripting_subclasses():
         torch.jit.script(nn.Sequential(Inheriting(E)))
     norm, (x, _) = OwnForward(E), inputs()
     assert torch.equal(torch.jit.script(norm)(x), norm(x))
+
+
+def bounds(*places: int) -> torch.Tensor:
+    return torch.tensor(places, dtype=torch.int32)
+
+
+TRACED_LENGTHS = {
+    "attention_varlen": (
+        lambda x, n: ops.attention_varlen(x, x, x, n, n, is_causal=True),
+        ((6, 2, 8), bounds(0, 2, 6)),
+        ((6, 2, 8), bounds(0, 5, 6)),
+    ),
+    "attention_decode": (
+        lambda x, n: ops.attention_decode(x[:, :, :1], x, x, n, window=(3, 0)),
+        ((2, 2, 16, 8), bounds(3, 5)),
+        ((2, 2, 16, 8), bounds(9, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", [torch.jit.trace, make_fx], ids=["jit", "fx"])
+@pytest.mark.parametrize("name", TRACED_LENGTHS)
+def test_a_trace_follows_lengths(name, how):
+    call, example, other = TRACED_LENGTHS[name]
+    example, other = ((torch.randn(shape), lengths) for shape, lengths in (example, other))
+    traced = torch.jit.trace(call, example, check_trace=False) if how is torch.jit.trace else make_fx(call)(*example)
+    for given in (example, other):
+        torch.testing.assert_close(traced(*given), call(*given))
+
+
+def test_make_fx_packs_nothing():
+    layer = pyllm.nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0.0, batch_first=True)
+    encoder = pyllm.nn.TransformerEncoder(layer, 2)
+    x, paddings = (
+        torch.randn(2, 4, E),
+        torch.tensor([[[0, 0, 0, 1], [0, 1, 1, 1]], [[0, 1, 1, 1], [0, 0, 0, 0]]]).bool(),
+    )
+    traced = make_fx(lambda x, padding: encoder(x, src_key_padding_mask=padding))(x, paddings[0])
+    for padding in paddings:
+        torch.testing.assert_close(traced(x, padding)[~padding], encoder(x, src_key_padding_mask=padding)[~padding])

@@ -88,7 +88,9 @@ class KVCache:
         return not any(self._lengths)
 
     def check_layer(self, layer: int | None) -> None:
-        """Raises ValueError if this is not the index of a layer."""
+        """Raises ValueError if this is not the index of a layer, RuntimeError in a torch.jit.trace."""
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError("KVCache: torch.jit.trace would keep its lengths of now; torch.compile follows them")
         if layer is None or not 0 <= layer < len(self.memory):
             raise ValueError(f"KVCache: layer must be from 0 to {len(self.memory) - 1}, got {layer}")
 

@@ -1,10 +1,12 @@
 """EncoderLayer, the configurable block; TransformerEncoderLayer and TransformerEncoder, torch.nn's by these names."""
 
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
@@ -22,6 +24,13 @@ from pyllm.nn.tracing import drop_in, leaf
 from pyllm.ops import RelativeBias
 
 _PACKED_SHARE = 0.9  # of tokens in a padded batch, up to which moving them twice pays
+
+
+class _Thread(threading.local):
+    padded: Module | None = None  # whose batches are not to be packed
+
+
+_thread = _Thread()
 
 
 @leaf
@@ -288,22 +297,20 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     @contextmanager
     def padded(self):
-        """Batches stay padded inside."""
-        before, self.enable_nested_tensor = self.enable_nested_tensor, False
+        """Batches of this module stay padded inside, in this thread."""
+        before, _thread.padded = _thread.padded, self
         try:
             yield
         finally:
-            self.enable_nested_tensor = before
+            _thread.padded = before
 
     def _packing(self, src: Tensor, mask, key_padding_mask: Tensor | None, is_causal: bool) -> Packing | None:
         """Where the tokens of the batch are, if they are to go through the layers alone."""
-        if (
-            not (self.enable_nested_tensor and self.pack)
-            or key_padding_mask is None
-            or key_padding_mask.dtype != torch.bool
-        ):
+        if not (self.enable_nested_tensor and self.pack) or (mask is not None and not is_causal) or src.dim() != 3:
             return None
-        if (mask is not None and not is_causal) or src.dim() != 3 or not readable(key_padding_mask):
+        if key_padding_mask is None or key_padding_mask.dtype != torch.bool or not readable(key_padding_mask):
+            return None
+        if _thread.padded is self:
             return None
         if not all(isinstance(layer, TransformerEncoderLayer) and layer.packs() for layer in self.layers):
             return None
@@ -316,9 +323,17 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             if is_plain(layer, TransformerEncoderLayer):
                 x, source = layer.run(x, source, mask, key_padding_mask, is_causal)
             else:
-                x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=key_padding_mask)
+                masks = _added(mask, key_padding_mask, x.dtype)
+                x = layer(x, src_mask=masks[0], is_causal=is_causal, src_key_padding_mask=masks[1])
                 source = None
         return x
+
+
+def _added(mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """The masks as torch.nn.TransformerEncoder hands them to its layers: to be added, 0 or -inf."""
+    kind = F._none_or_dtype(mask)
+    padding = F._canonical_mask(key_padding_mask, "src_key_padding_mask", kind, "mask", dtype)
+    return F._canonical_mask(mask, "mask", None, "", dtype, check_other=False), padding
 
 
 def causal_hint(is_causal: bool | None, mask: Tensor | None) -> bool | None:

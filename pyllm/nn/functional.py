@@ -99,7 +99,10 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """torch.nn.functional.log_softmax: the logarithm of `softmax`, with its arguments."""
+    """torch.nn.functional.log_softmax: the logarithm of `softmax`, with its arguments.
+
+    What differs: a gradient that comes in where the result is -inf is left out of the others.
+    """
     return _along(F.log_softmax, ops.log_softmax, input, dim, _stacklevel, dtype)
 
 

@@ -117,7 +117,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *source):
         ctx.save_for_backward(weight, *kept(ctx, x, source))
-        if bias is None or not x.is_cpu:
+        if bias is None or not x.is_cpu or torch._C._len_torch_dispatch_stack():  # a mode may have kept the product
             return F.linear(x, weight, bias)
         return F.linear(x, weight).add_(bias)  # oneDNN's product with a bias takes a quarter longer
 

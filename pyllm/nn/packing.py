@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 
 from pyllm.derivatives import beyond_kernels, transformed
 
@@ -50,7 +51,7 @@ class Packing:
 
 def readable(tensor: Tensor) -> bool:
     """Whether values of a tensor may decide what is computed: it has some, and is neither traced nor transformed."""
-    traced = torch.compiler.is_compiling() or transformed()
+    traced = torch.compiler.is_compiling() or transformed() or _get_dispatch_mode(_TorchDispatchModeKey.PROXY)
     return type(tensor) is Tensor and not tensor.is_meta and not traced
 
 

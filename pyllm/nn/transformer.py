@@ -74,7 +74,8 @@ class Transformer(torch.nn.Transformer):
     ) -> Tensor:
         """src through the encoder, tgt and that through the decoder; masks as in `TransformerDecoderLayer`."""
         looks_at_padding = memory_key_padding_mask is None and isinstance(self.encoder, TransformerEncoder)
-        with self.encoder.padded() if looks_at_padding else nullcontext():
+        traced = torch.compiler.is_compiling()  # where nothing is packed
+        with self.encoder.padded() if looks_at_padding and not traced else nullcontext():
             return super().forward(
                 src,
                 tgt,

@@ -267,11 +267,11 @@ def _add_norm(value: Callable, gradient: Callable, composed: Callable) -> Implem
             z, *_ = saved = ctx.saved_tensors
             dy = torch.zeros_like(z) if dy is None else dy
             if beyond_kernels(dy, dz):
-                return *again(ctx, dy, dz), None, None, None
+                return *again(ctx, saved, dy, dz), None, None, None
             return *gradient(dy, dz, *saved, *ctx.dropout), None, None, None
 
-    def again(ctx, dy, dz):
-        z, weight, bias, x_bias, *_, rng = ctx.saved_tensors
+    def again(ctx, saved, dy, dz):
+        z, weight, bias, x_bias, *_, rng = saved
         dropout_p, x_dtype = ctx.dropout
         _, _, *parameters = ctx.needs_input_grad[:4]
         of_norm = vjp(partial(composed, eps=ctx.eps), (z, weight, bias), (True, *parameters), [dy])

@@ -31,7 +31,7 @@ def softmax(
 def log_softmax(
     x: Tensor, dim: int = -1, *, scale: float = 1.0, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """The logarithm of `softmax`: -inf where that is 0. Arguments as there."""
+    """The logarithm of `softmax`: -inf where that is 0; no gradient is taken there. Arguments as there."""
     return _along("log_softmax", LOG_SOFTMAX, x, dim, scale, attn_mask, is_causal)
 
 
