@@ -120,7 +120,7 @@ def test_the_order_of_threads_and_blocks_changes_nothing(kernels):
 FAULTS = {
     "a missing barrier": ("  sync_block();  // sSums may be written\n", "", "without a barrier"),
     "another missing barrier": ("  sync_block();\n\n  // Of the block", "\n  // Of the block", "barrier|nobody"),
-    "keys beyond the share": ("if (first + row < keys.end &&", "if (", "outside all buffers"),
+    "keys beyond the share": (" && first + row < keys.end &&", " &&", "outside all buffers"),
     "a key's score in another lane": ("lane % U * G + group", "lane % U + group * U", "budget"),
     "a weight of another key": ("shuffle(weights[r], group * L + u)", "shuffle(weights[r], group * L)", "budget"),
     "the peak of one group": ("combine<Max, L, kWarp>(", "(", "budget"),
