@@ -13,7 +13,7 @@ from cuda_rows import RowKernels
 
 import pyllm
 from pyllm.ops import norm
-from pyllm.ops.softmax import LOG_SOFTMAX, SOFTMAX, _on
+from pyllm.ops.softmax import LOG_SOFTMAX, SOFTMAX, _composed_log_softmax_bwd, _composed_softmax_bwd, _on
 from pyllm.reference import dropout_keep
 from pyllm.testing import check, randn
 
@@ -32,8 +32,8 @@ MAKE = {
     "rms_norm": norm._rms_norm_on,
     "add_layer_norm": norm._add_layer_norm_on,
     "add_rms_norm": norm._add_rms_norm_on,
-    "softmax": _on,
-    "log_softmax": _on,
+    "softmax": _on(_composed_softmax_bwd),
+    "log_softmax": _on(_composed_log_softmax_bwd),
 }
 
 
