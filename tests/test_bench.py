@@ -114,7 +114,12 @@ def test_distributions_of_lengths():
     assert lengths.padding([1, 3], 3, "cpu").tolist() == [[False, True, True], [False, False, False]]
 
 
-@pytest.mark.parametrize("case", TINY, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    # Of layers the budget is what takes long.
+    [pytest.param(c, marks=[pytest.mark.slow] if c.benchmark.autocasts and c.variant != "full" else []) for c in TINY],
+    ids=str,
+)
 def test_every_case_is_measured(case):
     (result,) = measure.measure(case, "reference", peers=(), quick=True)
     assert result.problem is None and result.backend == "reference" and not result.fresh_pages

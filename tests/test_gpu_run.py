@@ -25,7 +25,14 @@ def run(tmp_path) -> gpu.Run:
     return gpu.Run(tmp_path, ROOT, "cpu", True, TESTS, time.monotonic() + 300)
 
 
-@pytest.mark.parametrize("part", [name for name in gpu.PARTS if name != "sanitizer"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("layers", "overhead") else [])
+        for name in gpu.PARTS
+        if name != "sanitizer"
+    ],
+)
 def test_every_part_runs(part, run):
     one = gpu.run_part(part, run)
     assert one.state == "ok", "\n".join(one.lines)

@@ -43,9 +43,17 @@ def assert_same(actual: dict, expected: dict) -> None:
         assert torch.equal(actual[name], tensor), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("target", KERNELS)
+@pytest.mark.parametrize(
+    "target, name, dtype",
+    # Interpreted, the layers of the most parts are enough: what is made again is the layers' code.
+    [
+        pytest.param(*target.values, name, dtype, id=f"{target.id}-{name}-{dtype}")
+        for target in KERNELS
+        for name in LAYERS
+        for dtype in (torch.float32, torch.bfloat16)
+        if target.values[0] != ("triton", "cpu") or (dtype == torch.float32 and name in ("decoder", "gated"))
+    ],
+)
 def test_plans_agree_to_the_bit(target, name, dtype):
     backend, device = target
     layer = LAYERS[name]().to(device, dtype)
