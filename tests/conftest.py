@@ -35,6 +35,9 @@ SLOW_DTYPES = {
     "triton": {torch.float16, torch.bfloat16, torch.float64},
     "cuda_host": {torch.float16, torch.float64},
 }
+# Of layers and of PyTorch's machinery, on kernels that other files run through the interpreter.
+INTERPRETED_IN_CI = ("blocks", "derivatives", "empty_sizes", "generation", "layers", "memory_plan", "registration")
+INTERPRETED_IN_CI += ("saved_tensors",)
 
 
 def interpreted_in_ci(targets: list) -> list:
@@ -118,13 +121,19 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks: gpu; slow, where kernels are interpreted or run on a model, in dtypes whose code others share."""
+    """Marks: gpu; slow, where kernels are interpreted or run on a model, in dtypes whose code others share, for finite
+    differences, and with faults in them."""
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("device") == "cuda" or "cuda" in parameters.get("target", ()):
             item.add_marker("gpu")
-        left = SLOW_DTYPES["triton"] if parameters.get("target") == ("triton", "cpu") else set()
-        left = SLOW_DTYPES["cuda_host"] if item.path.stem.startswith("test_cuda_") else left
+        interpreted, name = parameters.get("target") == ("triton", "cpu"), item.path.stem.removeprefix("test_")
+        if interpreted and (name in INTERPRETED_IN_CI or item.originalname == "test_gradcheck"):
+            item.add_marker("slow")
+        if item.originalname == "test_planted_faults_are_caught":
+            item.add_marker("slow")
+        left = SLOW_DTYPES["triton"] if interpreted else set()
+        left = SLOW_DTYPES["cuda_host"] if name.startswith("cuda_") else left
         if not left.isdisjoint(_dtypes(parameters.values())):
             item.add_marker("slow")
 

@@ -22,8 +22,7 @@ def content() -> torch.Tensor:
     "name, dtype, dropout",
     [
         ("gpt", "bf16", 0.1),
-        ("bert", "fp32", 0.0),
-        pytest.param("encoder-decoder", "fp32", 0.0, marks=pytest.mark.slow),
+        *(pytest.param(name, "fp32", 0.0, marks=pytest.mark.slow) for name in ("bert", "encoder-decoder")),
     ],
 )
 def test_curves_are_as_near_as_those_of_two_seeds(name, dtype, dropout, content):

@@ -207,6 +207,7 @@ def test_native_on_cuda_serves_what_it_has_kernels_for(gpu, monkeypatch):
     assert (reason, why) == ("asked for", "it has no CUDA C++ kernel")
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_are_collected_where_there_is_a_gpu():
     code = (
         "import sys, pytest, torch\n"

@@ -19,20 +19,15 @@ MEASURED = ("norms", "softmaxes", "losses", "attention_64", "attention_128", "at
 MEASURED += ("decoding", "layers", "overhead")
 TESTS = ("-k", "test_large_scores and native")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path) -> gpu.Run:
     return gpu.Run(tmp_path, ROOT, "cpu", True, TESTS, time.monotonic() + 300)
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("layers", "overhead") else [])
-        for name in gpu.PARTS
-        if name != "sanitizer"
-    ],
-)
+@pytest.mark.parametrize("part", [name for name in gpu.PARTS if name != "sanitizer"])
 def test_every_part_runs(part, run):
     one = gpu.run_part(part, run)
     assert one.state == "ok", "\n".join(one.lines)

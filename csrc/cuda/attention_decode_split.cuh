@@ -54,7 +54,7 @@ template <class T, int D, int R>
 inline constexpr DecodeTile kDecodeTile = decode_tile(D, sizeof(T), R);
 
 template <class T, int D, int R>
-__global__ void __launch_bounds__(kDecodeWarps* kWarp)
+__global__ void __launch_bounds__(kDecodeWarps* kWarp, 2)
     attention_decode_split(const __grid_constant__ AttentionDecode args) {
   constexpr DecodeTile TILE = kDecodeTile<T, D, R>;
   constexpr int E = kElements<T>, L = TILE.lanes, C = TILE.chunks, U = TILE.each, G = TILE.groups;
