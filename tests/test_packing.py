@@ -258,6 +258,7 @@ class Noting(torch.nn.TransformerEncoderLayer):
 @pytest.mark.parametrize(
     "mask", [None, CAUSAL, CAUSAL.flip(0), torch.randn(S, S)], ids=["none", "causal", "bool", "float"]
 )
+@pytest.mark.filterwarnings("ignore:Support for mismatched src_key_padding_mask")  # which torch warns of, too
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["full", "padded"])
 def test_a_layer_of_the_users_gets_the_masks_that_torch_gives_it(mask, padding):
     theirs = torch.nn.TransformerEncoder(Noting(E, H, 40, batch_first=True), 1, enable_nested_tensor=False)
