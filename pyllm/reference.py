@@ -448,14 +448,9 @@ def attention_decode(*args) -> tuple[Tensor, Tensor]:
     if call.cos is not None:
         turn = (*(table[positions][:, None] for table in (call.cos, call.sin)), call.interleaved)
         query, key = rotary(query, *turn), None if key is None else rotary(key, *turn)
-    if call.block_table is None:
-        size = capacity = call.key_cache.shape[2]
-        pages = torch.arange(batch, device=query.device)[:, None]
-    else:
-        size = call.key_cache.shape[2]
-        capacity = size * call.block_table.shape[1]
-        pages = call.block_table.long()
-    places = torch.arange(capacity, device=query.device)
+    size, pages = call.key_cache.shape[2], call.block_table  # contiguous: one page for each sequence
+    pages = torch.arange(batch, device=query.device)[:, None] if pages is None else pages.long()
+    places = torch.arange(size * pages.shape[1], device=query.device)
     unused = places >= total[:, None]  # (B, capacity)
     heads = torch.arange(call.key_cache.shape[1], device=query.device)  # each by its index, as vmap wants them
     caches = []

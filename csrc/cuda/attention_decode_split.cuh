@@ -53,6 +53,7 @@ __device__ inline float sum_dealt_out(float (&values)[N]) {
 template <class T, int D, int R>
 inline constexpr DecodeTile kDecodeTile = decode_tile(D, sizeof(T), R);
 
+// For two blocks a multiprocessor: left to itself nvcc makes room for a third, and spills.
 template <class T, int D, int R>
 __global__ void __launch_bounds__(kDecodeWarps* kWarp, 2)
     attention_decode_split(const __grid_constant__ AttentionDecode args) {
