@@ -1,6 +1,7 @@
 """Backends and devices under test. Without a GPU, Triton's kernels run in its interpreter."""
 
 import functools
+import gc
 import os
 import pathlib
 import types
@@ -138,6 +139,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
 
 
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # thousands of tests and all of torch are no garbage that a later collection has to look for
+
+
 def _dtypes(values) -> Iterator[torch.dtype]:
     """The dtypes among a test's parameters."""
     for value in values:
@@ -149,6 +155,8 @@ def _dtypes(values) -> Iterator[torch.dtype]:
 
 def pytest_configure(config):
     config.worst_ratio = {}
+    if config.getoption("--ledger"):
+        pyllm.testing.LEAST_DRAWS = pyllm.testing.DRAWS
 
 
 @pytest.hookimpl(wrapper=True)

@@ -21,15 +21,18 @@ def as_composed(function, composed, inputs: dict, target: tuple[str, str]) -> No
     """Asserts that outputs and gradients on a backend are those of PyTorch's operators in fp64: NaN where they are."""
     backend, device = target
     inputs = {n: t.detach().to(device).requires_grad_(t.requires_grad) for n, t in inputs.items()}
-    draws = [inputs, *(testing._shrunk(inputs, draw) for draw in range(1, testing.DRAWS))]
-    truths, plains = ([_results(composed, i, None) for i in given] for given in ([_double(d) for d in draws], draws))
-    errors = [
-        [testing._error(p, t.nan_to_num(0.0)) for p, t in zip(*r, strict=True)]
-        for r in zip(plains, truths, strict=True)
-    ]
-    for i, (a, t, *error) in enumerate(zip(_results(function, inputs, backend), truths[0], *errors, strict=True)):
+    truths = _results(composed, _double(inputs), None)
+
+    def errors():
+        for draw in range(testing.DRAWS):
+            drawn = testing.shrunk(inputs, draw) if draw else inputs
+            results = _results(composed, drawn, None), _results(composed, _double(drawn), None)
+            yield [testing.error_of(p, t.nan_to_num(0.0)) for p, t in zip(*results, strict=True)]
+
+    draws = testing.Draws(errors())
+    for i, (a, t) in enumerate(zip(_results(function, inputs, backend), truths, strict=True)):
         assert torch.equal(a.isnan(), t.isnan()), f"result {i}: NaN where there is none, or none where there is"
-        assert_within_budget(f"result {i}", *(x.masked_fill(t.isnan(), 0.0) for x in (a, t)), max(error))
+        assert_within_budget(f"result {i}", *(x.masked_fill(t.isnan(), 0.0) for x in (a, t)), draws.of(i))
 
 
 def _double(inputs: dict) -> dict:

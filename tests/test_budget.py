@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import fingerprint
 
+from pyllm import testing
 from pyllm.testing import assert_within_budget, check, randn
 
 TRUTH = torch.tensor([1.0, 70000.0], dtype=torch.float64)
@@ -18,6 +19,40 @@ def test_twice_plain_pytorchs_error_and_a_rounding_band():
         else:
             with pytest.raises(AssertionError, match="times the error budget"):
                 assert_within_budget("", actual, truth, plain)
+
+
+def test_plain_pytorchs_error_is_the_largest_of_as_many_draws_as_are_needed():
+    truth = TRUTH[:1]
+    drawn = []
+
+    def errors():
+        for error in (1e-3, 1e-2, 1e-4, 1e-1):
+            drawn.append(error)
+            yield error
+
+    for wrong, needed in ((1e-3, 1), (1.9e-2, 2), (0.19, 4)):
+        drawn.clear()
+        assert_within_budget("", (truth + wrong).float(), truth, errors())
+        assert len(drawn) == needed
+    with pytest.raises(AssertionError, match="times the error budget"):
+        assert_within_budget("", (truth + 0.21).float(), truth, errors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_draws_are_made_once_for_all_results(dtype):
+    """Each is the same inputs shrunk, in plain PyTorch and in fp64."""
+    x, calls = randn(300, dtype=dtype), []
+
+    def function(x):
+        calls.append(x)
+        return x.sin().sum(), x.exp().sum()
+
+    first, second, gradient = testing._expected(function, {"x": x}, 0)
+    assert first.dtype == gradient.dtype == dtype and first.truth.dtype == torch.float64
+    errors = list(first.plain_errors)
+    assert len(errors) == testing.DRAWS == len(set(errors)) and len(calls) in (16, 18)
+    assert errors != list(second.plain_errors) and errors == list(first.plain_errors) and len(calls) in (16, 18)
+    assert max(errors) < 1e-12 if dtype == torch.float64 else 1e-3 < max(errors) < 1.0
 
 
 def test_an_overflow_of_plain_pytorch_widens_nothing():

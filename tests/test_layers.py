@@ -399,7 +399,7 @@ def test_autocast(name, training, dtype):
         with torch.autocast("cpu", torch.bfloat16, enabled=as_dtype is None):
             return results(model, arguments, {}, as_dtype)
 
-    assert_parity(run(ours, None), (run(theirs, None), run(deepcopy(theirs).double(), torch.float64)))
+    assert_parity(run(ours, None), [(run(theirs, None), run(deepcopy(theirs).double(), torch.float64))])
 
 
 @pytest.mark.parametrize("name", ["MultiheadAttention", "Transformer"])

@@ -1,13 +1,14 @@
 """Compares pyllm's modules with torch.nn's of the same name: outputs, and gradients of inputs and parameters."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 
 import torch
 from torch import Tensor
 
 import pyllm
-from pyllm.testing import SHRINK, assert_within_budget
+from pyllm.testing import SHRINK, assert_within_budget, error_of
 
 DRAWS = 3  # inputs that torch's error is measured on: few, for there are many numbers in a layer's gradients
 E, H = 24, 3
@@ -42,11 +43,13 @@ def compare(ours: torch.nn.Module, theirs: torch.nn.Module, *inputs: Tensor, **o
     on a few inputs, of which the first are those given.
     """
     double = deepcopy(theirs).double()
-    measured = []
-    for draw in range(DRAWS):
-        near = inputs if draw == 0 else _shrunk(inputs, draw)
-        measured.append((results(theirs, near, options), results(double, near, options, torch.float64)))
-    assert_parity(results(ours, inputs, options), *measured)
+
+    def measured() -> Iterator[tuple[dict, dict]]:
+        for draw in range(DRAWS):
+            near = inputs if draw == 0 else _shrunk(inputs, draw)
+            yield results(theirs, near, options), results(double, near, options, torch.float64)
+
+    assert_parity(results(ours, inputs, options), measured())
 
 
 def _shrunk(inputs: Sequence[Tensor], draw: int) -> list[Tensor]:
@@ -57,14 +60,15 @@ def _shrunk(inputs: Sequence[Tensor], draw: int) -> list[Tensor]:
     return [made[id(t)] for t in inputs]
 
 
-def assert_parity(actual: dict[str, Tensor], *measured: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+def assert_parity(actual: dict[str, Tensor], measured: Iterable[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> None:
     """Asserts that names and dtypes of actual are torch's, and the numbers, taken together, within the budget.
 
     measured: torch's results, and the same in fp64; first those of the inputs that made actual.
     Each tensor counts in units of its largest true value (a power of two, which is exact): the largest error among 24
     numbers is too much a matter of chance for a budget of its own.
     """
-    plain, truth = measured[0]
+    measured = iter(measured)
+    plain, truth = first = next(measured)
     assert actual.keys() == plain.keys() == truth.keys()
     assert {n: (t.shape, t.dtype) for n, t in actual.items()} == {n: (t.shape, t.dtype) for n, t in plain.items()}
     coarsest = max((t.dtype for t in plain.values()), key=lambda dtype: torch.finfo(dtype).eps)
@@ -73,9 +77,10 @@ def assert_parity(actual: dict[str, Tensor], *measured: tuple[dict[str, Tensor],
         units = {name: t.abs().max().log2().floor().exp2() if t.any() else 1.0 for name, t in truth.items()}
         return torch.cat([(t.detach() / units[name]).flatten().to(dtype) for name, t in tensors.items()])
 
-    errors = [(joined(p, t, coarsest).double() - joined(t, t, torch.float64)).abs().max().item() for p, t in measured]
+    draws = itertools.chain([first], measured)
+    errors = (error_of(joined(p, t, coarsest), joined(t, t, torch.float64)) for p, t in draws)
     expected = joined(truth, truth, torch.float64)
-    assert_within_budget("outputs and gradients", joined(actual, truth, coarsest), expected, max(errors))
+    assert_within_budget("outputs and gradients", joined(actual, truth, coarsest), expected, errors)
 
 
 def results(module, inputs, options, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
