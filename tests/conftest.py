@@ -21,6 +21,9 @@ import pyllm.testing
 from pyllm.backend import CannotRun
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+if DEVICES == ["cpu"]:
+    # PyTorch's own keeps a formatted traceback of every call, for each kind of device that it may find later.
+    torch.manual_seed = torch.default_generator.manual_seed
 TARGETS = [
     pytest.param((name, device), id=f"{name}-{device}")
     for device in DEVICES
@@ -74,6 +77,13 @@ def nan_filled_outputs():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Collections do not look through what a module finds: thousands of tests, all of torch, what was compiled."""
+    gc.collect()
+    gc.freeze()
 
 
 def fingerprint(value) -> object:
@@ -137,11 +147,6 @@ def pytest_collection_modifyitems(items):
         left = SLOW_DTYPES["cuda_host"] if name.startswith("cuda_") else left
         if not left.isdisjoint(_dtypes(parameters.values())):
             item.add_marker("slow")
-
-
-def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()  # thousands of tests and all of torch are no garbage that a later collection has to look for
 
 
 def _dtypes(values) -> Iterator[torch.dtype]:
