@@ -196,3 +196,20 @@ def test_exit_status_and_table(stack, missing, monkeypatch, tmp_path, capsys):
     assert f"| norm_forward_held | bf16 fp32 |  | sm_80 | 1 | 64 | {stack} | 0 |  | 1 | 1 |" in table.read_text()
     told = capsys.readouterr().err
     assert ("sm_80: spills" in told) == bool(stack) and ("sm_100a was not compiled" in told) == missing
+    written = table.read_text()
+    assert check_cuda.main(["--current", str(table)]) == 0
+    monkeypatch.setenv("PYLLM_CUDA_ARCHS", "100a" if missing else "90a,80")
+    table.write_text("of other sources")
+    assert check_cuda.main(["--out", str(table)]) == int(bool(stack) or missing)
+    assert table.read_text() == "of other sources" != written and check_cuda.main(["--current", str(table)]) == 1
+
+
+def test_the_fingerprint_is_of_every_source(tmp_path):
+    found = set()
+    for name in ("setup.py", "csrc/dtype.h", "csrc/cuda/norm.cu", "csrc/cuda/norm.cuh", "csrc/cuda/check.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "setup.py").touch()
+        for text in ("", "a", "b"):
+            (tmp_path / name).write_text(text)
+            found.add(check_cuda.fingerprint(tmp_path))
+    assert len(found) == 5 * 3

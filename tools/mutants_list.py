@@ -118,6 +118,7 @@ OPERATORS = [
     ("pyllm/reference.py", "call.dropout_p, batch * heads, sq, sk, first_batch * heads)", "call.dropout_p, batch * heads, sq, sk, 0)", "test_attention.py -k 'varlen and native'"),
     ("pyllm/reference.py", "reach = call.distance_bias.shape[1] // 2", "reach = call.distance_bias.shape[1] // 2 - 1", "test_attention.py -k 't5 and native'"),
     ("pyllm/testing.py", "budget = max(2 * plain_error + band", "budget = max(4 * plain_error + band", "test_budget.py"),
+    ("pyllm/testing.py", "plain_error = max(plain_error, error)", "plain_error = plain_error + error", "test_budget.py"),
     ("pyllm/testing.py", "nan_to_num(0.0, posinf=0.0)", "nan_to_num(0.0)", "test_budget.py"),
 ]
 
@@ -180,6 +181,7 @@ CUDA = [
     ("csrc/cuda/softmax.cuh", "sum += args.log ? (p == -kInfinity ? 0.0f : g) : g * p;", "sum += args.log ? g : g * p;", f"{ROWS} test_mask"),
     ("csrc/cuda/softmax.cuh", "merged.strides[last] == stride * size", "merged.strides[last] == stride", f"{ROWS} test_mask"),
     ("csrc/cuda/softmax.cuh", "      total *= exponential<T>(peak - shift);\n", "", f"{ROWS} 'wide_causal or widest'"),
+    ("csrc/cuda/check.py", '*root.glob("csrc/*.h"), ', "", "test_check_cuda.py -k fingerprint"),
     ("csrc/cuda/architectures.h", "capability / 10 == compiled / 10 && capability >= compiled", "capability / 10 == compiled / 10", f"{ROWS} devices"),
     ("csrc/cuda/attention_plan.h", "(begin(middle) / size + middle <= slot ?", "(begin(middle) / size + middle < slot ?", "test_cuda_attention.py -k one_slot"),
     ("csrc/cuda/attention_plan.h", "packed ? length / size + count :", "packed ? length / size :", "test_cuda_attention.py -k one_slot"),

@@ -1,13 +1,16 @@
 """Compiles every CUDA kernel for every architecture, without a GPU, and gates what the compiler made of it.
 
-    python csrc/cuda/check.py [--out docs/cuda.md]
+    python csrc/cuda/check.py [--out docs/cuda.md] [--current docs/cuda.md]
 
 builds libpyllm_cuda.so with the nvcc of this machine, or with PyPI's in an environment of its own, reads registers,
 stack and instructions of each kernel from the machine code, and what it is launched with from pyllm._C, writes the
-table as Markdown, and exits with 1 if a kernel breaks the rule for its name, or if an architecture is missing.
+table as Markdown, and exits with 1 if a kernel breaks the rule for its name, or if an architecture is missing. Where
+PYLLM_CUDA_ARCHS names some of them, the others are not looked at and no table is written. --current only says whether a
+table is of the sources as they are.
 """
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -180,6 +183,14 @@ def worst(rows: Iterable[Row]) -> list[Row]:
     return summary
 
 
+def fingerprint(root: Path = ROOT) -> str:
+    """Of all that the kernels are compiled from."""
+    digest = hashlib.sha256()
+    for path in sorted([root / "setup.py", *root.glob("csrc/*.h"), *root.glob("csrc/cuda/*.*")]):
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def markdown(rows: Sequence[Row], compiler: str) -> str:
     lines = [
         "# CUDA kernels, compiled",
@@ -191,7 +202,8 @@ def markdown(rows: Sequence[Row], compiler: str) -> str:
         "than 1 KiB for reductions, and up to 4 KiB for sums of columns); fewest 128-bit loads and stores of global",
         "memory among its instructions, and of HMMA, LDGSTS (asynchronous copies) and LDSM in its loops.",
         "",
-        f"{sum(row.instances for row in rows)} kernels. Only attention of head_dim above 128 may use local memory.",
+        f"{sum(row.instances for row in rows)} kernels, of sources {fingerprint()}. Only attention of head_dim above "
+        "128 may use local memory.",
         "",
         "| kernel | dtypes | head_dim | architecture | instances | registers | local | static | launched "
         "| loads | stores | HMMA | LDGSTS | LDSM |",
@@ -218,9 +230,8 @@ def nvcc_folder() -> Path:
 
 
 def build(nvcc: Path) -> None:
-    chosen = ("PYLLM_CUDA_ARCHS", "PYLLM_CUDA_HEAD_DIMS")
-    environment = {name: value for name, value in os.environ.items() if name not in chosen}
-    environment |= {"PYLLM_CUDA": "1", "PATH": f"{nvcc}{os.pathsep}{environment['PATH']}"}
+    environment = os.environ | {"PYLLM_CUDA": "1", "PATH": f"{nvcc}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("PYLLM_CUDA_HEAD_DIMS", None)
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
@@ -249,16 +260,21 @@ def without_instance() -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write the Markdown table")
+    parser.add_argument("--current", type=Path, help="exit with 0 where this table is of the sources, with 1 elsewhere")
     arguments = parser.parse_args(argv)
+    if arguments.current:
+        return int(f"sources {fingerprint()}." not in arguments.current.read_text())
+    asked = os.environ.get("PYLLM_CUDA_ARCHS")
+    wanted = [f"sm_{a}" for a in re.split(r"[,; ]+", asked)] if asked else ARCHITECTURES
     nvcc = nvcc_folder()
     build(nvcc)
     rows = parse(cuobjdump("--dump-resource-usage"), cuobjdump("-sass"), dynamic_shared())
     release = subprocess.run([nvcc / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     compiler = "nvcc " + re.search(r"V([\d.]+)", release)[1]
-    if arguments.out:
+    if arguments.out and not asked:
         arguments.out.write_text(markdown(worst(rows), compiler))
     problems = [f"{row.kernel} [{row.dtypes}] {row.architecture}: {why}" for row in rows if (why := verdict(row))]
-    problems += [f"{a} was not compiled" for a in ARCHITECTURES if all(row.architecture != a for row in rows)]
+    problems += [f"{a} was not compiled" for a in wanted if all(row.architecture != a for row in rows)]
     problems += [f"{function} has no instance" for function in without_instance()]
     print(f"{len(rows)} kernels by {compiler}, {len(problems)} refused")
     for problem in problems:
