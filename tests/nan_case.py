@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import WITHOUT_TORCH
 from torch import Tensor
 
 from pyllm import testing
@@ -12,7 +12,6 @@ from pyllm.testing import assert_within_budget, evaluate
 
 NAN, INF = math.nan, math.inf
 DTYPES = (torch.float32, torch.bfloat16)
-WITHOUT_TORCH = [t for t in TARGETS if t.values[0][0] != "torch"]  # its attention takes no masks, softmax neither
 fused = pytest.mark.parametrize("target", WITHOUT_TORCH)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import TARGETS, WITHOUT_TORCH
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_map
@@ -23,10 +23,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 every_case = pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name.replace(" ", "-"))
 every_target = pytest.mark.parametrize("target", TARGETS)
 # PyTorch's own fused attention has no second derivative, so this one has none on `torch` either.
-COMPOSED = [t for t in TARGETS if t.values[0][0] != "torch"]
-composed_targets = pytest.mark.parametrize("target", COMPOSED)
+composed_targets = pytest.mark.parametrize("target", WITHOUT_TORCH)
 # Finite differences call the plain forward so often that Triton's interpreter is too slow for them.
-quick_targets = pytest.mark.parametrize("target", [t for t in COMPOSED if t.values[0] != ("triton", "cpu")])
+quick_targets = pytest.mark.parametrize("target", [t for t in WITHOUT_TORCH if t.values[0] != ("triton", "cpu")])
 
 
 def test_every_operator_has_a_case():

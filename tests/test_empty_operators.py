@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import COMPARED
 
 from pyllm.backend import CannotRun, use_backend
 from pyllm.operator_cases import CASES
@@ -15,7 +15,7 @@ EMPTY = [
 ]
 
 
-@pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][0] != "reference"])
+@pytest.mark.parametrize("target", COMPARED)
 @pytest.mark.parametrize("case, sizes", EMPTY)
 def test_a_size_of_0(target, case, sizes):
     backend, device = target

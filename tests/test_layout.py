@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TARGETS
+from conftest import COMPARED
 
 import pyllm
 from pyllm.backend import use_backend
@@ -20,7 +20,7 @@ INPUTS = {
     "sliced": lambda: torch.randn(2, 3, 9)[..., 1:5],
 }
 # The reference is a specification of numbers alone.
-every_target = pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][0] != "reference"])
+every_target = pytest.mark.parametrize("target", COMPARED)
 
 FUNCTIONS = {
     "softmax last": lambda ns, x: ns.softmax(x, -1),

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import TARGETS
-from nan_case import INF, NAN, WITHOUT_TORCH, as_composed, both_dtypes, fused
+from conftest import TARGETS, WITHOUT_TORCH
+from nan_case import INF, NAN, as_composed, both_dtypes, fused
 from torch import Tensor
 
 import pyllm
