@@ -45,6 +45,7 @@ CASES = [
     Case("bottom-long", batch=1, sq=130, sk=63, options=CAUSAL | BOTTOM),  # the first 67 rows are empty
     Case("window", batch=1, sq=200, sk=200, layout="bshd", options={"window": (150, 100)}),
     Case("window-left", batch=1, sq=130, sk=65, options={"window": (33, -1)}),  # the last rows are empty
+    Case("window-beyond", batch=1, sq=130, sk=20, options={"window": (100, 3)}),  # wider than there are keys
     Case("window-right", batch=1, sq=65, sk=130, options={"window": (-1, 3), "scale": -0.2, **DROPOUT}),
     Case("window-bottom", batch=1, sq=65, sk=130, options={"window": (0, 0), **BOTTOM}),
     Case(
@@ -69,6 +70,8 @@ CASES = [
     Case("rows-float", batch=1, sq=40, sk=65, mask=(40, 1), mask_kind="float32", options=CAUSAL),
     Case("matrix-float", sq=65, sk=66, mask=(65, 66), mask_kind="float32", padding=True, options=CAUSAL | DROPOUT),
     Case("batch-float", sk=33, mask=(2, 1, 1, 33), mask_kind="float32", options=DROPOUT),
+    Case("each-row-float", sk=9, mask=(2, 2, 7, 1), mask_kind="float32", padding=True),
+    Case("each-key-float", sk=9, mask=(2, 2, 1, 9), mask_kind="float32", options=DROPOUT),
     Case("head-float", heads=4, sq=33, mask=(1, 4, 33, 7), mask_kind="float", options={"window": (3, 3)}),
     Case(
         "full-float",
@@ -104,8 +107,8 @@ CASES = [
     Case("varlen-causal", heads=4, lengths=((33, 70), (0, 5), (64, 3), (9, 0)), options=CAUSAL | BOTTOM | DROPOUT),
     Case(
         "varlen-every-bias",
-        lengths=((40, 33), (70, 64)),
-        mask=(2, 1, 70, 64),
+        lengths=((70, 7), (5, 64), (9, 9)),  # neither the most queries nor the most keys are the last one's
+        mask=(3, 1, 70, 64),
         mask_kind="float",
         padding=True,
         relative="causal",

@@ -157,6 +157,11 @@ def test_mask(kernels, name, case, masking):
     test_softmax.test_mask(HOST, name, case, masking)
 
 
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_a_mask_whose_rows_overlap(kernels, name):
+    test_softmax.test_a_mask_whose_rows_overlap(HOST, name)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SOFTMAXES)
 def test_mask_in_every_dtype(kernels, name, dtype):

@@ -116,6 +116,16 @@ def test_mask(target, name, case, masking):
         check(operator(name, scale=0.7), {"x": x, "attn_mask": attn_mask}, backend)
 
 
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_whose_rows_overlap(target, name):
+    """Of one stride in two dimensions, as unfold makes it: row (i, j) begins at i + j."""
+    backend, device = target
+    x = randn(3, 4, 37, device=device)
+    for attn_mask in (boolean((42,), device), randn(42, device=device, grad=False)):
+        check(operator(name), {"x": x, "attn_mask": attn_mask.as_strided((3, 4, 37), (1, 1, 1))}, backend)
+
+
 @pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
