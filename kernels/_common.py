@@ -34,6 +34,8 @@ def processors(device: torch.device) -> int:
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
     """kernel[grid](**arguments) on `device`; inside `captured`, only noted."""
+    if arguments.get("p_rng") is not None:  # which a saved-tensor hook may have moved
+        arguments["p_rng"] = arguments["p_rng"].contiguous()
     if _captured is not None:
         _captured.append((kernel, arguments))
     else:

@@ -63,7 +63,8 @@ def _features(call: AttentionCall) -> Features:
     biases = (distances_of(call.distance_bias), slopes_of(call.alibi_slopes))
     longest = call.query.shape[2] + call.key.shape[2]
     band = (bound(call.left, longest), bound(call.right, longest))
-    return Features(mask, padding, *biases, call.rng, dropout_threshold(call.dropout_p), *band)
+    rng = None if call.rng is None else call.rng.contiguous()
+    return Features(mask, padding, *biases, rng, dropout_threshold(call.dropout_p), *band)
 
 
 def _aligned(x: Tensor) -> bool:

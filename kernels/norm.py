@@ -302,7 +302,7 @@ def _forward(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms):
 
 def _backward(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dtype):
     """(dx, dresidual, dweight, dbias, dx_bias); dx is (0,) where it equals dresidual, and so are gradients of None."""
-    dy, dz, z, weight = _contiguous(dy, dz, z, weight)
+    dy, dz, z, weight, mean, rstd = _contiguous(dy, dz, z, weight, mean, rstd)
     dresidual = z.new_empty(z.shape)
     dx = None if dropout_p == 0.0 and x_dtype == z.dtype else z.new_empty(z.shape, dtype=x_dtype)
     parameters = (weight, bias, x_bias)

@@ -73,7 +73,7 @@ def _turn(x: Tensor, y: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bo
     if not x.numel():
         return
     batch, heads, length, dim = x.shape
-    pairs = cos.shape[-1]
+    cos, sin, pairs = cos.contiguous(), sin.contiguous(), cos.shape[-1]
     rest = dim - 2 * pairs
     block_p = triton.next_power_of_2(pairs)
     block_s = min(max(1, 2048 // block_p), triton.next_power_of_2(length))

@@ -1,11 +1,14 @@
 """Plain-PyTorch truth for every operator, differentiated by autograd.
 
 This file is the specification: every backend is compared with it, in fp64. It is written to be read, not to be fast.
+Norms and attention of 16-bit tensors are computed in fp32, as kernels do, but for what `in_own_dtype` is around.
 Shapes: x (..., N); query (B, H, Sq, D); key and value (B, Hkv, Sk, D) with H a multiple of Hkv. Packed: B sequences one
 after the other in query (1, H, Tq, D), key and value (1, Hkv, Tk, D), bounded by cu_seqlens (B + 1).
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +18,22 @@ from torch import Tensor
 from pyllm.derivatives import transformed
 
 _MASK32 = 0xFFFFFFFF
+_narrow = False
+
+
+@contextlib.contextmanager
+def in_own_dtype() -> Iterator[None]:
+    """16-bit tensors are computed with in 16 bits, as plain PyTorch does. Of the process: for the error budget."""
+    global _narrow
+    before, _narrow = _narrow, True
+    try:
+        yield
+    finally:
+        _narrow = before
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if _narrow else x.to(statistics_type(x))
 
 
 def philox_4x32(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
@@ -78,13 +97,15 @@ def dropout(x: Tensor, rng: Tensor | None, p: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al., 2016)."""
-    centred = x - x.mean(-1, keepdim=True)
+    wide = _wide(x)
+    centred = wide - wide.mean(-1, keepdim=True)
     return _affine(centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps), weight, bias).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
-    return _affine(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), weight, None).to(x.dtype)
+    wide = _wide(x)
+    return _affine(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps), weight, None).to(x.dtype)
 
 
 def _affine(normalised: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -356,17 +377,19 @@ def _dense_attention(call: AttentionCall, first_batch: int) -> tuple[Tensor, Ten
 
 def _attention(call: AttentionCall, distance: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of a call that is not packed, or whose attn_mask tells sequences apart. distance: j - i; keep: of dropout."""
-    heads = call.query.shape[1]
+    heads, dtype = call.query.shape[1], call.query.dtype
+    call = call._replace(query=_wide(call.query), key=_wide(call.key), value=_wide(call.value))
     # Queries that see no key, and keys that no query sees, have weights of 0, but a product with NaN is NaN.
     hidden = _hidden(call, distance)
     no_key, no_query = hidden.all(-1)[..., None], hidden.all(-2)[..., None]
     query = call.query.masked_fill(no_key, 0.0)
     key, value = (_for_every_head(x, heads).masked_fill(no_query, 0.0) for x in (call.key, call.value))
-    weights, lse = probabilities(attention_scores(call._replace(query=query, key=key), distance))
-    if keep is not None:
-        weights = weights * dropout_scale(call.dropout_p) * keep.view(weights.shape)
-    out = weights.to(value.dtype) @ value
-    return out.masked_fill(no_key, 0.0), lse.squeeze(-1).to(statistics_type(call.query))
+    with without_autocast(query):
+        weights, lse = probabilities(attention_scores(call._replace(query=query, key=key), distance))
+        if keep is not None:
+            weights = weights * dropout_scale(call.dropout_p) * keep.view(weights.shape)
+        out = weights.to(value.dtype) @ value
+    return out.masked_fill(no_key, 0.0).to(dtype), lse.squeeze(-1).to(statistics_type(call.query))
 
 
 def attention_scores(call: AttentionCall, distance: Tensor) -> Tensor:
@@ -393,6 +416,11 @@ def _hidden(call: AttentionCall, distance: Tensor) -> Tensor:
     if call.attn_mask is not None:
         hidden = hidden | (~call.attn_mask if call.attn_mask.dtype == torch.bool else call.attn_mask == -math.inf)
     return hidden
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which products are of the dtype that their operands have."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def statistics_type(x: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyllm import reference
 from pyllm.backend import use_backend
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -147,7 +148,8 @@ def _expected(function: Callable, inputs: Inputs, seed: int) -> list[Expected | 
 
 
 def _on_reference(function: Callable, inputs: Inputs, seed: int) -> list[Tensor | None]:
-    outputs, gradients = evaluate(function, inputs, "reference", seed)
+    with reference.in_own_dtype():
+        outputs, gradients = evaluate(function, inputs, "reference", seed)
     return [*outputs, *gradients]
 
 

@@ -32,7 +32,7 @@ class Case:
     dim: int = 8
     layout: str = "bhsd"  # packed: views of (B, S, 3, H, D)
     mask: tuple[int, ...] | None = None
-    mask_kind: str = "bool"  # bool, float (query's dtype), float32, frozen (float without gradient), lowest
+    mask_kind: str = "bool"  # or late (from key 300 on), float (query's dtype), float32, frozen (no gradient), lowest
     padding: bool = False
     relative: str | None = None  # T5's bias, "bidirectional" or "causal": 8 buckets up to distance 20
     alibi: str | None = None  # slopes by "head" or by "batch" and head
@@ -84,8 +84,8 @@ class Case:
 
     def _mask(self, dtype, device) -> Tensor:
         chosen = (torch.rand(self.mask) > 0.3).to(device)
-        if self.mask_kind == "bool":
-            return chosen
+        if self.mask_kind in ("bool", "late"):
+            return chosen & (torch.arange(self.mask[-1], device=device) >= 300 * (self.mask_kind == "late"))
         dtype = torch.float32 if self.mask_kind == "float32" else dtype
         values = randn(*self.mask, dtype=dtype, device=device, grad=False)
         if self.mask_kind == "lowest":

@@ -34,6 +34,11 @@ CASES = [
     Case("wide-heads", batch=1, sq=63, sk=65, dim=256),
     Case("odd-heads", batch=1, sq=130, sk=63, dim=33, layout="bhds"),
     Case("head-dim-1", sq=33, sk=65, dim=1),
+    # tiles of 256 keys on the CPU: three of them
+    Case("three-tiles", batch=1, sq=7, sk=600, dim=16),
+    Case("three-tiles-causal", batch=1, heads=1, kv_heads=1, sq=600, sk=600, options=CAUSAL | DROPOUT),
+    Case("three-tiles-padded", sq=7, sk=600, padding=True, alibi="head"),
+    Case("nothing-in-the-first-tile", batch=1, sq=7, sk=600, mask=(7, 600), mask_kind="late"),
     Case("no-batch", batch=0),
     Case("no-keys", sk=0, mask=(2, 1, 7, 1), mask_kind="float", options=DROPOUT),
     Case("no-queries", sq=0, mask=(1, 2, 1, 7), mask_kind="float"),
@@ -86,6 +91,7 @@ CASES = [
     Case("lowest-float", mask=(7, 7), mask_kind="lowest"),
     # biases by distance, softcap
     Case("t5-encoder", heads=4, kv_heads=4, sq=65, sk=65, dim=16, relative="bidirectional"),
+    Case("t5-short", sq=5, sk=6, relative="bidirectional"),  # no two as far apart as the bias reaches
     Case("t5-decoder", sq=33, sk=130, relative="causal", options=CAUSAL | BOTTOM | DROPOUT),
     Case("alibi", sq=65, sk=70, alibi="head", options=CAUSAL | BOTTOM),
     Case("alibi-batch", heads=4, kv_heads=2, sq=33, sk=40, alibi="batch", padding=True, options=DROPOUT),
@@ -107,8 +113,8 @@ CASES = [
     Case("varlen-causal", heads=4, lengths=((33, 70), (0, 5), (64, 3), (9, 0)), options=CAUSAL | BOTTOM | DROPOUT),
     Case(
         "varlen-every-bias",
-        lengths=((70, 7), (5, 64), (9, 9)),  # neither the most queries nor the most keys are the last one's
-        mask=(3, 1, 70, 64),
+        lengths=((70, 7), (5, 40), (9, 9)),  # neither the most queries nor the most keys are the last one's
+        mask=(3, 1, 70, 40),
         mask_kind="float",
         padding=True,
         relative="causal",
@@ -149,6 +155,18 @@ def test_within_budget_where_any_order_of_summation_will_do(name: str, dtype: to
     backend, device = target
     torch.use_deterministic_algorithms(False)
     check(BY_NAME[name].call, BY_NAME[name].inputs(dtype, device), backend)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_parts_of_the_queries_of_one_head(threads):
+    """There are as many on the CPU as threads want them; each sums gradients of keys and values by itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = BY_NAME["window-causal"]
+        check(case.call, case.inputs(torch.float32, "cpu"), "native")
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("target", [t for t in KERNELS if t.values[0][0] == "triton"])

@@ -118,6 +118,17 @@ def test_a_window_may_begin_and_end_anywhere(left: int, page: int, target):
     check(case.call, case.inputs(torch.float32, device), backend)
 
 
+@pytest.mark.parametrize("target", KERNELS)
+def test_later_keys_may_outweigh_all_before(target):
+    """By more than exp can hold, whichever share of the keys they are in."""
+    backend, device = target
+    case = Case("", lengths=(700, 63), capacity=704, dim=8)
+    inputs = case.inputs(torch.float32, device)
+    for first, size in ((0, 1e-3), (512, 300.0)):
+        inputs["key_cache"].data[:, :, first:] = size * inputs["query"].data.sign().mean((1, 2))[:, None, None]
+    check(case.call, inputs, backend)
+
+
 @pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_steps_add_up_to_causal_attention(target):
     backend, device = target

@@ -7,6 +7,7 @@ import torch
 from attention_case import BOTTOM, CAUSAL, Case
 from conftest import KERNELS, WITHOUT_TORCH, interpreted_in_ci
 from torch import Tensor
+from torch_parity import pair
 
 import pyllm
 from pyllm.ops import RelativeBias, attention, attention_weights, merge_attention
@@ -181,3 +182,24 @@ def test_wrong_arguments_of_a_merge_are_named(wrong: dict, error: type[Exception
     right = {"outs": [_ones(2, 3, 8)] * 2, "lses": [_ones(2, 3)] * 2}
     with pytest.raises(error, match=f"merge_attention: .*{message}"):
         merge_attention(**right | wrong)
+
+
+@pytest.mark.parametrize("lowest", [-1e9, torch.finfo(torch.float32).min, -1e4])
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
+def test_weights_of_rows_that_a_large_number_masks(target, lowest):
+    """As models mask, instead of by -inf: torch's softmax weighs such keys alike, and the weights make the output."""
+    backend, device = target
+    ours, theirs = pair("MultiheadAttention", 8, 2, batch_first=True)
+    ours, theirs = ours.to(device), theirs.to(device)
+    x = torch.randn(2, 6, 8, device=device)
+    padding = torch.zeros(2, 6, device=device)
+    padding[1] = padding[0, 4:] = lowest
+    results = []
+    for module in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        with pyllm.use_backend(backend):
+            out, weights = module(leaf, leaf, leaf, key_padding_mask=padding, average_attn_weights=False)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 6, device=device))
+        (gradient,) = torch.autograd.grad((weights * torch.arange(6.0, device=device)).sin().sum(), leaf)
+        results.append((out, weights, gradient))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ import pyllm
 from pyllm import ops
 from pyllm.backend import use_backend
 from pyllm.operator_cases import CASES, DIFFERENTIABLE
-from pyllm.testing import check
+from pyllm.testing import assert_within_budget, check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -335,3 +335,66 @@ def test_second_derivatives_through_a_checkpoint(target, case):
             total = sum(g.square().sum() for g in gradients)
             results.append(torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True))
         torch.testing.assert_close(*results)
+
+
+def _plain(name, dtype, x, other):
+    """In the arguments' dtype, but for the sum, which is a result and rounded to its dtype."""
+    if name == "layer_norm":
+        return torch.nn.functional.layer_norm(x, x.shape[-1:])
+    if name == "rms_norm":
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+    if name == "attention":
+        return torch.nn.functional.scaled_dot_product_attention(x, x, other)
+    return _plain(name.removeprefix("add_"), dtype, (x + other).to(dtype).to(x.dtype), None)
+
+
+_SIXTEEN_BITS = {
+    "layer_norm": lambda x, other: ops.layer_norm(x),
+    "rms_norm": lambda x, other: ops.rms_norm(x, eps=1e-6),
+    "add_layer_norm": lambda x, other: ops.add_layer_norm(x, other)[0],
+    "add_rms_norm": lambda x, other: ops.add_rms_norm(x, other, eps=1e-6)[0],
+    "attention": lambda x, other: ops.attention(x, x, other),
+}
+
+
+@composed_targets
+@pytest.mark.parametrize(
+    "name, dtype, size",
+    [
+        *((name, torch.float16, size) for name in _SIXTEEN_BITS for size in (300.0, 1e-3)),
+        *((name, torch.bfloat16, 1.0) for name in _SIXTEEN_BITS if name != "attention"),  # whose kernels round weights
+    ],
+    ids=str,
+)
+def test_sixteen_bits_are_computed_with_in_float32(target, name, dtype, size):
+    """Whose squares and products fp16 cannot hold, and bf16 rounds, under every transform as in a kernel."""
+    backend, device = target
+    around = 40.0 if dtype == torch.bfloat16 and name == "layer_norm" else 0.0  # what is left has few digits
+    x, other = (torch.randn(2, 3, 5, 64, device=device) * size + around for _ in range(2))
+    x, other, tangent = x.to(dtype), other.to(dtype), torch.randn(2, 3, 5, 64, device=device).to(dtype)
+    function = partial(_SIXTEEN_BITS[name], other=other)
+
+    def gradient(function, x, again):
+        leaf = x.detach().requires_grad_()
+        y = function(leaf)
+        return torch.autograd.grad((y * tangent.to(y.dtype)).sum(), leaf, create_graph=again)[0].detach()
+
+    truth = partial(_plain, name, dtype, other=other.double())
+    plain = partial(_plain, name, dtype, other=other.float())
+    expected, near = truth(x.double()), plain(x.float()).to(dtype)
+    slope = gradient(truth, x.double(), False)
+    slope_near = gradient(plain, x.float(), False).to(dtype)
+    with use_backend(backend):
+        stacked = [t.unsqueeze(0) for t in (x, other)]
+        values = {
+            "eager": function(x),
+            "vmap": vmap(_SIXTEEN_BITS[name])(*stacked)[0],
+            "vjp": vjp(function, x)[0],
+            "jvp": jvp(function, (x,), (tangent,))[0],
+            "jit.trace": torch.jit.trace(lambda x: function(x), (x,), check_trace=False)(x),
+        }
+        gradients = {again: gradient(function, x, again) for again in (False, True)}
+    for how, value in values.items():
+        assert_within_budget(how, value, expected, near)
+    for again, found in gradients.items():
+        assert_within_budget(f"gradient, again: {again}", found, slope, slope_near)

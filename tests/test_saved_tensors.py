@@ -1,6 +1,7 @@
 """A backward reaches its tensors through save_for_backward alone: saved-tensor hooks see all of them."""
 
 import gc
+import re
 import types
 from functools import partial
 
@@ -163,6 +164,37 @@ def test_operators_keep_no_tensor_on_ctx(name, target):
                 assert backend == "torch"
                 continue
             assert_ctx_holds_no_tensor(*outputs)
+
+
+def _scattered(tensor: Tensor) -> Tensor:
+    """The same values, one in two of its memory."""
+    return torch.stack([tensor.detach()] * 2, -1)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_saved_tensors_may_come_back_with_other_strides(name, target):
+    """Then the gradients are the same, or an error says what is wanted."""
+    backend, device = target
+    if backend == "torch" and name == "layer_norm":
+        pytest.skip("PyTorch's own kernel reads its statistics by other strides")
+    for call in OPERATORS[name]:
+        results = []
+        for hooks in ((lambda t: t, lambda t: t), (_scattered, lambda pair: pair[..., 0])):
+            torch.manual_seed(0)
+            with pyllm.use_backend(backend), torch.device(device), saved_tensors_hooks(*hooks):
+                try:
+                    outputs = [o for o in outputs_of(call()) if o.requires_grad]
+                except pyllm.backend.CannotRun:
+                    assert backend == "torch"
+                    break
+            leaves = [node.variable for node in nodes(*outputs) if hasattr(node, "variable")]
+            leaves.sort(key=lambda leaf: (leaf.shape, leaf.sum().item()))
+            try:
+                results.append(torch.autograd.grad(sum(o.sin().sum() for o in outputs), leaves) if leaves else [])
+            except RuntimeError as error:
+                assert hooks[0] is _scattered and re.search("must be two int64|contiguous|must hold", str(error)), error
+        if len(results) == 2:
+            torch.testing.assert_close(*results)
 
 
 # All layers on the compiled kernels, and one on Triton's, which the interpreter runs.

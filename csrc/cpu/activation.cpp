@@ -36,6 +36,8 @@ struct Operands {
 
   Operands(const Tensor& x, const OptionalTensor& up, const OptionalTensor& bias, const std::string& kind)
       : kind(kind), x(x), bias(as_contiguous(bias)), packed(this->kind.gated && !up.has_value()) {
+    STD_TORCH_CHECK(!up.has_value() || up->scalar_type() == x.scalar_type(),
+                    "pyllm: activation's up must have x's dtype");
     if (up.has_value()) second.emplace(*up);
     width = packed ? this->x.width / 2 : this->x.width;
   }
@@ -71,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> activation_bwd(const Tensor& dy_in, const Ten
                                                   const OptionalTensor& bias, const OptionalTensor& rng,
                                                   double dropout_p, const std::string& kind) {
   const Operands in(x, up, bias, kind);
+  STD_TORCH_CHECK(dy_in.scalar_type() == x.scalar_type(), "pyllm: activation's dy must have x's dtype");
   const StridedRows dy(dy_in);
   const Tensor dx = uninitialised(x, x.sizes());
   const Tensor dup = up.has_value() ? uninitialised(*up, up->sizes()) : uninitialised(x, {0});

@@ -14,6 +14,7 @@ from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.nn.memory import Source, by_hand, flat, in_one_precision, kept, matrix, restored
 from pyllm.nn.plain import LINEAR, is_plain
 from pyllm.nn.tracing import leaf
+from pyllm.ops._autocast import in_given_precision
 from pyllm.ops._registration import draw_rng
 from pyllm.ops.activation import ACTIVATION
 from pyllm.reference import GATED
@@ -99,6 +100,7 @@ class _FeedForward(torch.autograd.Function):
         return (active @ weight2.mT).view(*x.shape[:-1], weight2.shape[0])
 
     @staticmethod
+    @in_given_precision
     def backward(ctx, dout):
         weight1, bias1, weight2, rng, hidden, active, *saved = ctx.saved_tensors
         wants_x, wants_weight1, wants_bias1, wants_weight2, *rest = ctx.needs_input_grad

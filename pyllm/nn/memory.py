@@ -21,7 +21,7 @@ from torch.nn import Module
 
 from pyllm.derivatives import transformed
 from pyllm.nn.plain import LINEAR, is_unchanged
-from pyllm.ops._autocast import lower_precision
+from pyllm.ops._autocast import in_given_precision, lower_precision
 from pyllm.ops._registration import needs_grad
 
 PLANS = ("all", "minimal", "recompute")
@@ -122,6 +122,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight).add_(bias)  # oneDNN's product with a bias takes a quarter longer
 
     @staticmethod
+    @in_given_precision
     def backward(ctx, dout):  # of operators that are differentiated again as they are
         weight, *saved = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *rest = ctx.needs_input_grad

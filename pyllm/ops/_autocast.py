@@ -1,7 +1,12 @@
 """What torch.autocast does to the operators: the same as to torch's own of these names, on each device type."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from pyllm.reference import without_autocast
 
 
 def full_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -20,3 +25,17 @@ def lower_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     dtype = torch.get_autocast_dtype(first.device.type)
     castable = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)
+
+
+def in_given_precision(backward: Callable) -> Callable:
+    """A backward with products of its own, in its tensors' dtypes also where autocast is on when it is called."""
+
+    @functools.wraps(backward)
+    def call(ctx, *cotangents):
+        given = next(c for c in cotangents if c is not None)
+        if given.is_meta or not torch.is_autocast_enabled(given.device.type):
+            return backward(ctx, *cotangents)
+        with without_autocast(given):
+            return backward(ctx, *cotangents)
+
+    return call

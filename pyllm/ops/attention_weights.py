@@ -36,7 +36,8 @@ def attention_weights(
     with return_lse, or that of more keys than these. rows and heads: which queries and heads, as integers from 0,
     ascending or not; all by default. The rest means what it means in `attention`.
     Returns (B, heads, rows, Sk) in lse's dtype, differentiable in query, key, lse, attn_mask and relative_bias; rows of
-    lse -inf are 0. It is no kernel but a few PyTorch calls over tensors of the size that it returns.
+    lse -inf are 0. It is no kernel but a few PyTorch calls over tensors of the size that it returns. As exact as lse:
+    where a mask adds -1e9 to every score of a row, float32 has no digits left for the logarithm of their number.
     Raises as `attention` does, and for an lse, rows or heads that do not fit; the values of rows and heads on a GPU are
     checked by PyTorch's indexing.
     """
@@ -66,11 +67,13 @@ def attention_and_weights(
     """`attention`, and the weights (B, H, Sq, Sk) that made it, dropout included, in the type of its log-sum-exp."""
     options = (is_causal, "top_left", None, 0.0, None, dropout_p)
     call = checked_call("attention", query, key, value, attn_mask, key_padding_mask, None, None, *options)
-    out, lse = select(ATTENTION, *call, True)(*call, True)
-    weights = _probabilities(call, lse, None, None)
+    out, _ = select(ATTENTION, *call, False)(*call, False)
+    # Of the scores, not by the log-sum-exp, which has lost the number of keys where a mask adds -1e9 to all of them.
+    sq, sk = call.query.shape[2], call.key.shape[2]
+    distance = reference.distances(torch.arange(sq, device=query.device), sq, sk, call.bottom_right)
+    weights = reference.probabilities(_scores(call, distance, statistics_type(call.query)))[0]
     if dropout_p > 0.0:
-        batch, heads, sq, sk = weights.shape
-        keep = reference.dropout_keep(call.rng, dropout_p, batch * heads, sq, sk).view(weights.shape)
+        keep = reference.dropout_keep(call.rng, dropout_p, weights.shape[:2].numel(), sq, sk).view(weights.shape)
         weights = torch.where(keep, weights * reference.dropout_scale(dropout_p), 0.0)
     return out, weights
 
@@ -115,19 +118,22 @@ def _probabilities(call: AttentionCall, lse: Tensor, rows: Tensor | None, heads:
     if mask is not None:
         mask = take(mask, heads if mask.shape[1] > 1 else None, rows if mask.shape[2] > 1 else None)
     chosen = call._replace(
-        query=take(call.query, heads, rows).to(lse.dtype),
-        key=take(key, heads).to(lse.dtype),
+        query=take(call.query, heads, rows),
+        key=take(key, heads),
         attn_mask=mask,
         distance_bias=bias if bias is None or heads is None else bias[heads],
         alibi_slopes=slopes if slopes is None else take(slopes, heads),
     )
-    distance = reference.distances(everywhere, sq, sk, call.bottom_right)
-    device = "cpu" if lse.is_meta else lse.device.type
-    with torch.autocast(device, enabled=False):  # which would round the scores
-        scores = reference.attention_scores(chosen, distance)
+    scores = _scores(chosen, reference.distances(everywhere, sq, sk, call.bottom_right), lse.dtype)
     lse = take(lse, heads, rows)[..., None]
     kept = (scores != -torch.inf) & (lse != -torch.inf)
     return torch.where(kept, torch.exp(torch.where(kept, scores - lse, 0.0)), 0.0)
+
+
+def _scores(call: AttentionCall, distance: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scores in a dtype, whatever query and key have."""
+    with reference.without_autocast(call.query):
+        return reference.attention_scores(call._replace(query=call.query.to(dtype), key=call.key.to(dtype)), distance)
 
 
 def _chosen(op: str, name: str, indices, query: Tensor, dim: int) -> Tensor | None:

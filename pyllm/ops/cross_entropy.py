@@ -116,7 +116,7 @@ def inverse_count(target: Tensor, weight: Tensor | None, ignore_index: int, dtyp
 def kept_gradient(gradient: Tensor) -> Tensor:
     """A gradient that the forward computed, to be scaled in place: a copy where the graph may be run again."""
     again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-    return gradient.clone() if again else gradient.detach()
+    return gradient.clone() if again else gradient.detach().contiguous()
 
 
 # --- operators as PyTorch's dispatcher knows them: weight, scale and losses are of the statistics type ---

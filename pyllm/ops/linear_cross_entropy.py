@@ -20,7 +20,7 @@ from pyllm.backend import Implementation, Operator, select
 from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
 from pyllm.ops import linear_cross_entropy_chunks as chunks
-from pyllm.ops._autocast import lower_precision
+from pyllm.ops._autocast import in_given_precision, lower_precision
 from pyllm.ops._registration import apply, kernel, needs_grad, on_kernels
 from pyllm.ops.cross_entropy import (
     check_options,
@@ -176,6 +176,7 @@ def _on(
             return loss.sum() if scale is None else loss.sum() * scale
 
         @staticmethod
+        @in_given_precision
         def backward(ctx, dloss):
             *gradients, hidden, weight, bias, target = ctx.saved_tensors
             if beyond_kernels(dloss):
@@ -196,6 +197,7 @@ def _on(
             return reduced(loss, scale, reduction)
 
         @staticmethod
+        @in_given_precision
         def backward(ctx, dloss):
             hidden, weight, bias, target, scale, statistics = ctx.saved_tensors
             first, classes, group = ctx.shard
