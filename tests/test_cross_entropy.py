@@ -73,6 +73,10 @@ def test_wide_rows(target, dtype):
     inputs = {"logits": logits, "target": torch.tensor([39_999, -100, 20_000], device=device)}
     check(loss(label_smoothing=0.1), inputs, backend)
     check(loss(reduction="sum"), inputs, backend)
+    weight = randn(40_000, dtype=dtype, device=device, grad=False).abs()
+    check(loss(label_smoothing=0.3), inputs | {"weight": weight}, backend)
+        loss(label_smoothing=0.3), inputs | {"weight": weight.double() if dtype == torch.float64 else weight}, backend
+    )
 
 
 @pytest.mark.parametrize("target", COMPARED)

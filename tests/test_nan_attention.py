@@ -315,9 +315,11 @@ def test_decode_reads_no_garbage(target, fill, left, paged, heads, dtype):
 @pytest.mark.parametrize("target", [t for t in HIDDEN_IS_LEFT_OUT if t.values[0][0] != "reference"])
 def test_a_value_in_the_window_of_one_query_of_several_shows_there_alone(target):
     backend, device = target
-    made = {name: torch.randn(1, 1, 16, 8, device=device) for name in ("key_cache", "value_cache")}
-    made["value_cache"][0, 0, 0] = NAN
-    lengths = torch.tensor([5], dtype=torch.int32, device=device)
-    with pyllm.use_backend(backend):
-        out = ops.attention_decode(torch.randn(1, 1, 3, 8, device=device), **made, cache_seqlens=lengths, window=(2, 0))
-    assert out.isnan().any(-1).flatten().tolist() == [True, False, False]
+    # The second case: in a tile of 128 keys that all of the first query's window covers.
+    for keys, left, at in ((5, 2, 0), (331, 200, 128)):
+        made = {name: torch.randn(1, 1, 384, 8, device=device) for name in ("key_cache", "value_cache")}
+        made["value_cache"][0, 0, at] = NAN
+        made["cache_seqlens"] = torch.tensor([keys], dtype=torch.int32, device=device)
+        with pyllm.use_backend(backend):
+            out = ops.attention_decode(torch.randn(1, 1, 3, 8, device=device), **made, window=(left, 0))
+        assert out.isnan().any(-1).flatten().tolist() == [True, False, False]

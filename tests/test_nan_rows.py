@@ -252,3 +252,30 @@ def test_linear_cross_entropy(target, where, smoothing, z_loss, way):
         function, of_rows = tokens, composed
         composed = lambda **t: of_rows(**t).sum()  # noqa: E731
     as_composed(function, composed, inputs, target)
+
+
+@fused
+def test_causal_rows_of_nan_are_nan_throughout(target):
+    """Also where they are masked, as PyTorch's softmax of masked scores is."""
+    backend, device = target
+    x = torch.randn(5, 5, device=device)
+    x[2, 1] = NAN
+    with pyllm.use_backend(backend):
+        for y in (ops.softmax(x, is_causal=True), ops.log_softmax(x, is_causal=True)):
+            assert y.isnan().all(-1).tolist() == [False, False, True, False, False]
+            assert not y[[0, 1, 3, 4]].isnan().any()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@fused
+def test_linear_cross_entropy_of_ignored_tokens_that_are_nan(target, reduction):
+    """Their gradient is 0. That of the weight, a sum over tokens of 0 times NaN, is PyTorch's NaN."""
+    backend, device = target
+    hidden, weight = torch.randn(3, 8, device=device), torch.randn(9, 8, device=device)
+    hidden[1] = NAN
+    index = torch.tensor([4, -100, 0], device=device)
+    hidden.requires_grad_()
+    with pyllm.use_backend(backend):
+        loss = ops.linear_cross_entropy(hidden, weight, index, reduction=reduction)
+    (gradient,) = torch.autograd.grad(loss.sum(), hidden)
+    assert loss.isfinite().all() and gradient.isfinite().all() and not gradient[1].any() and gradient[0].any()

@@ -215,3 +215,13 @@ BAD = [
 def test_bad_input(name, error, message, arguments):
     with pytest.raises(error, match=f"{name}: {message}"):
         getattr(ops, name)(**{"x": torch.zeros(3, 4), **arguments})
+
+
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
+@pytest.mark.parametrize("mask_shape", [(3, 1), (1, 37), (3, 37)], ids=str)
+def test_a_float32_mask_on_float64(target, mask_shape):
+    backend, device = target
+    x = randn(3, 37, dtype=torch.float64, device=device)
+    attn_mask = randn(*mask_shape, device=device, grad=False)
+    for name in NAMES:
+        check(operator(name), {"x": x, "attn_mask": attn_mask}, backend)
