@@ -108,8 +108,8 @@ CASES = [
     Case("varlen-causal", heads=4, lengths=((33, 70), (0, 5), (64, 3), (9, 0)), options=CAUSAL | BOTTOM | DROPOUT),
     Case(
         "varlen-every-bias",
-        lengths=((70, 7), (5, 40), (9, 9)),  # neither the most queries nor the most keys are the last one's
-        mask=(3, 1, 70, 40),
+        lengths=((3, 3), (70, 7), (5, 40), (9, 9)),  # neither the most queries nor the most keys are the last one's
+        mask=(4, 1, 70, 40),
         mask_kind="float",
         padding=True,
         relative="causal",
@@ -155,7 +155,7 @@ def test_within_budget_where_any_order_of_summation_will_do(name: str, dtype: to
 THREE_TILES = [  # of 256 keys
     Case("plain", batch=1, sq=7, sk=600, dim=16),
     Case("causal", batch=1, heads=1, kv_heads=1, sq=600, sk=600, options=CAUSAL | DROPOUT),
-    Case("padded", sq=7, sk=600, padding=True, alibi="head"),
+    Case("padded", sq=7, sk=600, padding=True),
     Case("nothing-in-the-first", batch=1, sq=7, sk=600, mask=(7, 600), mask_kind="late"),
 ]
 
