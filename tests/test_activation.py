@@ -245,3 +245,13 @@ BAD = [
 def test_bad_input(name, call, error, message):
     with pytest.raises(error, match=f"{name}: {message}"):
         call(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("wrong", ["dy", "up"])
+def test_native_kernels_refuse_what_has_another_dtype(wrong):
+    """Which they would read beyond its end."""
+    tensors = {
+        name: torch.ones(3, 8, dtype=torch.bfloat16 if name == wrong else torch.float32) for name in ("dy", "up")
+    }
+    with pytest.raises(RuntimeError, match=f"activation's {wrong} must have x's dtype"):
+        torch.ops.pyllm.activation_bwd(tensors["dy"], torch.ones(3, 8), tensors["up"], None, None, 0.0, "swiglu")
