@@ -185,6 +185,7 @@ def test_exit_status_and_table(stack, missing, monkeypatch, tmp_path, capsys):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
     nvcc.chmod(0o755)
+    monkeypatch.delenv("PYLLM_CUDA_ARCHS", raising=False)
     monkeypatch.setattr(check_cuda, "ARCHITECTURES", ("sm_80", "sm_90a", "sm_100a")[: 2 + missing])
     monkeypatch.setattr(check_cuda, "nvcc_folder", lambda: tmp_path)
     monkeypatch.setattr(check_cuda, "build", lambda nvcc: None)
