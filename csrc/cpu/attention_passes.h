@@ -161,8 +161,35 @@ void forward(const AttentionForward& args, int64_t task) {
 template <class C>
 struct Rows {
   alignas(64) C delta[kQueryBlock], dlse[kQueryBlock];
-  alignas(64) C lse[kQueryBlock];  // an empty query's lse is infinity, so that exp(s - lse) is 0
+  alignas(64) C lse[kQueryBlock];   // an empty query's lse is infinity, so that exp(s - lse) is 0
+  alignas(64) C rest[kQueryBlock];  // what rounding took from lse
 };
+
+// Beyond it lse has lost too much of the sum to its maximum: a mask adds a large number to every key.
+constexpr int kFarFromZero = 1024;
+
+// Takes lse apart, into a row's maximum and the logarithm of its sum, where it is far from 0.
+template <class Products, class C>
+void refine(const Products& products, const Attention& call, const Block& block, Rows<C>& rows) {
+  bool far[kQueryBlock], any = false;
+  for (int row = 0; row < block.count; ++row) {
+    const C size = std::abs(rows.lse[row]);
+    any |= far[row] = size > kFarFromZero && size < kInfinity<C>;
+  }
+  if (!any) return;
+  C* scores = scratch<C, 1>(kKeyBlock * kQueryBlock);
+  Softmax<C> softmax;
+  for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
+    const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
+    if (make_scores(products, call, block, key, keys, scores, static_cast<C*>(nullptr)) == Left::nothing) continue;
+    exponentiate(block, keys, scores, softmax, [](Vec<C> e, int, int) { return e; });
+  }
+  for (int row = 0; row < block.count; ++row) {
+    if (!far[row]) continue;
+    rows.lse[row] = softmax.peak[row];
+    rows.rest[row] = std::log(softmax.total[row]);
+  }
+}
 
 template <class Products, class C>
 void load_block(const AttentionBackward& args, const Block& block, Products& products, Rows<C>& rows) {
@@ -172,9 +199,11 @@ void load_block(const AttentionBackward& args, const Block& block, Products& pro
     const C lse = row < block.count ? static_cast<const C*>(args.lse)[index + row] : -kInfinity<C>;
     const bool empty = lse == -kInfinity<C>;
     rows.lse[row] = empty ? kInfinity<C> : lse;
+    rows.rest[row] = 0;
     rows.dlse[row] = empty || args.dlse == nullptr ? 0 : static_cast<const C*>(args.dlse)[index + row];
     if (empty) rows.delta[row] = 0;
   }
+  if (block.end - block.begin > kKeyBlock) refine(products, args.call, block, rows);
 }
 
 // The tile's P (with dropout, but not its scale) and dS, transposed, and what `make_scores` makes and returns.
@@ -204,8 +233,8 @@ Left score_gradients(const Products& products, const Attention& call, const Bloc
             total;
         for (int j = 0; j < keys; ++j) finish(j, load(at(p, j)) / total, delta);
       } else {
-        const Vec<C> lse = load(rows.lse + i), delta = load(rows.delta + i);
-        for (int j = 0; j < keys; ++j) finish(j, exp(load(at(p, j)) - lse), delta);
+        const Vec<C> lse = load(rows.lse + i), rest = load(rows.rest + i), delta = load(rows.delta + i);
+        for (int j = 0; j < keys; ++j) finish(j, exp((load(at(p, j)) - lse) - rest), delta);
       }
     });
   });
