@@ -151,7 +151,7 @@ def attention_bwd(
     dout, out, lse = row_major(dout), row_major(out), lse.contiguous()
     one = _Launcher(call, target)
     query, key, mask, distances = call.query, call.key, call.attn_mask, call.distance_bias
-    dquery = merged(query) if deterministic else merged(query, lse.dtype, torch.zeros)
+    dquery = merged(query) if deterministic else merged(query, lse.dtype).zero_()
     dkey, dvalue = merged(key), merged(key)
     delta = torch.empty_like(lse)
 

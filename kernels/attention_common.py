@@ -122,10 +122,10 @@ def row_major(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def merged(x: Tensor, dtype: torch.dtype | None = None, fill=torch.empty) -> Tensor:
-    """(B, H, S, D) like x, stored as (B, S, H, D)."""
-    batch, heads, length, dim = x.shape
-    return fill((batch, length, heads, dim), dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
+def merged(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(B, H, S, D) like x, uninitialised, stored as (B, S, H, D); no view, which autograd would not let be changed."""
+    _, heads, length, dim = x.shape
+    return x.new_empty_strided(x.shape, (length * heads * dim, dim, heads * dim, 1), dtype=dtype)
 
 
 def rows_of(x: Tensor) -> Rows:

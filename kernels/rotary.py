@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyllm.kernels._common import captured, launch, rounded
+from pyllm.kernels.attention_common import merged
 from pyllm.reference import statistics_type
 
 
@@ -103,8 +104,7 @@ def _turn(x: Tensor, y: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bo
 
 def rotary_fwd(x, cos, sin, interleaved, inverse):
     x = x if x.stride(-1) == 1 else x.contiguous()
-    batch, heads, length, dim = x.shape
-    y = x.new_empty(batch, length, heads, dim).transpose(1, 2)
+    y = merged(x)
     _turn(x, y, cos, sin, interleaved, inverse)
     return y
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from conftest import COMPARED
 
 import pyllm
-from pyllm.backend import use_backend
+from pyllm.backend import CannotRun, use_backend
+from pyllm.operator_cases import CASES
 
 OURS = pyllm.nn.functional
 
@@ -83,3 +84,40 @@ def test_a_view_after_a_softmax_over_rows(target):
     pyllm.patch(routing)
     with use_backend(backend):
         torch.testing.assert_close(routing[0](x).view(2, -1), expected)
+
+
+# Whose backward needs a result, as those of PyTorch's functions do: theirs, or of norms the sum that is normalised.
+KEEP_A_RESULT = {
+    *("add_layer_norm", "add_rms_norm", "attention", "attention_varlen", "attention_weights", "log_softmax"),
+    *("merge_attention", "relu", "softmax"),
+}
+
+
+@every_target
+@pytest.mark.parametrize("case", [case for case in CASES if case.shapes], ids=lambda case: case.name.replace(" ", "-"))
+def test_results_can_be_changed_in_place(case, target):
+    backend, device = target
+    inputs = case.inputs(torch.float32, device)
+    leaves = [t for t in inputs.values() if t.requires_grad]
+
+    def gradients(double):
+        torch.manual_seed(0)
+        try:
+            with use_backend(backend):
+                outputs = case.call(**inputs)
+        except CannotRun:  # by name; the default passes such a call on
+            outputs = case.call(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        total = sum(double(out).sin().sum() for out in outputs)
+        return torch.autograd.grad(total, leaves, allow_unused=True)
+
+    expected = gradients(lambda out: out * 2)
+    try:
+        actual = gradients(lambda out: out.mul_(2))
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        assert case.op in KEEP_A_RESULT, error
+        return
+    for a, e in zip(actual, expected, strict=True):
+        if e is not None:
+            torch.testing.assert_close(a, e)

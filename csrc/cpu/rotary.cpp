@@ -1,7 +1,7 @@
 // Binding of the rotary embedding on the CPU.
 #include "cpu/rotary.h"
 
-#include "checks.h"
+#include "attention_tensors.h"
 
 namespace pyllm {
 namespace {
@@ -34,7 +34,7 @@ void rotate(const Tensor& x, const Tensor& y, const Tensor& cos, const Tensor& s
 // Stored as (batch, length, heads, width).
 Tensor rotary_fwd(const Tensor& x_in, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
   const Tensor x = x_in.size(3) > 1 && x_in.stride(3) != 1 ? torch::stable::contiguous(x_in) : x_in;
-  const Tensor y = torch::stable::transpose(uninitialised(x, {x.size(0), x.size(2), x.size(1), x.size(3)}), 1, 2);
+  const Tensor y = new_like(x);
   rotate(x, y, cos, sin, interleaved, inverse);
   return y;
 }

@@ -262,8 +262,8 @@ def options_of(op, query, is_causal, causal_alignment, window, softcap, scale, d
 
 def merged_heads(x: Tensor) -> Tensor:
     """(B, H, S, D), uninitialised, stored as (B, S, H, D), so that merging the heads is free."""
-    batch, heads, length, dim = x.shape
-    return x.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    _, heads, length, dim = x.shape
+    return x.new_empty_strided(x.shape, (length * heads * dim, dim, heads * dim, 1))
 
 
 @kernel("attention")
