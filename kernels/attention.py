@@ -6,7 +6,8 @@ without a comparison, tiles that it leaves nothing of are not visited.
 Backward: delta = rowsum(dout * out) - dlse; then a program for each tile of keys holds dk and dv, walks over the
 queries of every head of its group, computes the probabilities again from the log-sum-exp and adds its share of dq in
 fp32 with atomics (five matrix products); dq is converted at the end. Where deterministic algorithms are asked for, dq
-has a kernel of its own, over tiles of queries (seven products).
+has a kernel of its own, over tiles of queries (seven products). Rows to all of whose keys a mask adds a large number
+have a log-sum-exp without the digits of their sum; these few are summed up once more before.
 attn_mask's gradient has a kernel of its own too, in which each tile of the gradient adds up, in a fixed order, whatever
 broadcasts to it: no memory beyond the gradient itself, two more products, and as little parallelism as the gradient is
 small. The gradient of the bias by distance comes from the pass of dk and dv: each tile of keys sums up its diagonals in
@@ -34,6 +35,7 @@ from pyllm.kernels.attention_backward import (
     attention_bwd_key_kernel,
     attention_bwd_mask_kernel,
     attention_bwd_query_kernel,
+    attention_bwd_rest_kernel,
 )
 from pyllm.kernels.attention_common import (
     Call,
@@ -170,7 +172,15 @@ def attention_bwd(
             sizes=one.sizes,
             **{name: one.arguments[name] for name in ("D", "BLOCK_D")},
         )
-    one.arguments["given"] = Given(rows_of(dout), lse, delta)
+    rest = far = None
+    if mask is not None and mask.dtype != torch.bool:
+        shift, rest = torch.empty_like(lse), torch.empty_like(lse)
+        far = torch.zeros(1, dtype=torch.int32, device=one.device)
+        sizes = one.tiles("query")
+        programs = one.heads * one.slots(query.shape[2], sizes["BLOCK_M"])
+        one.launch(attention_bwd_rest_kernel, programs, p_lse=lse, p_shift=shift, p_rest=rest, p_far=far, **sizes)
+        lse = shift
+    one.arguments["given"] = Given(rows_of(dout), lse, delta, rest, far)
     one.aligned &= _aligned(dout)
 
     sizes = one.tiles("key")

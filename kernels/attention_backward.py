@@ -9,6 +9,7 @@ from pyllm.kernels._common import rounded
 from pyllm.kernels.attention_common import (
     INF,
     LOG2E,
+    absorb,
     at,
     dot,
     head_of,
@@ -23,13 +24,74 @@ from pyllm.kernels.attention_common import (
 )
 from pyllm.kernels.philox import keep_mask
 
+# Beyond it lse has lost too much of the sum to its maximum: a mask adds a large number to every key.
+FAR_FROM_ZERO = tl.constexpr(1024.0)
+
 
 class Given(NamedTuple):
-    """What the backward is given: the output's gradient; (B, H, Sq) of each row, contiguous, the lse and delta."""
+    """What the backward is given: the output's gradient; (B, H, Sq) of each row, contiguous, the lse and delta.
+
+    p_rest: (B, H, Sq) too, what rounding took from lse, and p_far: whether it took anything, (1,); None without.
+    """
 
     dout: object
     p_lse: object
     p_delta: object
+    p_rest: object = None
+    p_far: object = None
+
+
+@triton.jit
+def attention_bwd_rest_kernel(
+    call,
+    p_lse,
+    p_shift,
+    p_rest,
+    p_far,
+    scale: tl.float64,
+    cap: tl.float64,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NATURAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BOTTOM: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """lse of a tile of queries as shift + rest: far from 0, these are a row's maximum and the logarithm of its sum.
+
+    p_far: (1,), zeros, becomes 1 where there is such a row.
+    """
+    ACC: tl.constexpr = p_lse.dtype.element_ty
+    features = call.features
+    sizes = call.sizes
+    b, h, tile, tiles = place(tl.program_id(0), sizes.H, sizes.B, sizes.Sq, sizes.p_bounds_q, BLOCK_M)
+    if sizes.p_bounds_q is not None and tile >= tiles:
+        return
+    head = head_of(b, h, sizes, features, ACC, BOTTOM)
+    first_m = tile * BLOCK_M
+    o_m = first_m + tl.arange(0, BLOCK_M)
+    b_shift = tl.load(p_lse + head.line + o_m, mask=o_m < head.Sq, other=0.0)
+    b_rest = tl.zeros([BLOCK_M], ACC)
+    far = (tl.abs(b_shift) > FAR_FROM_ZERO) & (tl.abs(b_shift) < INF)
+    if tl.sum(far.to(tl.int32)) > 0:
+        scales = (number(scale, ACC), number(cap, ACC))
+        p_k = matrix(call.k, head, head.h // GROUP, head.row_k, head.Sk, D, BLOCK_N, BLOCK_D, TMA)
+        b_q = load_rows(at(call.q, head, head.h, head.row_q), call.q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
+        total = tl.zeros([BLOCK_M], ACC)
+        peak = tl.full([BLOCK_M], -INF, ACC)
+        around = reach(first_m, head.Sq, head.Sk, features.left, features.right, head.shift, BLOCK_M, BLOCK_N)
+        for first_n in range(around[0], around[3], BLOCK_N):
+            b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, True, TMA)
+            s = scores(b_q, b_k, first_m, first_n, scales, head, features, NATURAL, SOFTCAP, True)[0]
+            _, _, total, peak = absorb(s, total, peak, NATURAL)
+        b_shift = tl.where(far, peak, b_shift)
+        b_rest = tl.where(far, tl.log(total), b_rest)
+        tl.store(p_far, 1)
+    tl.store(p_shift + head.line + o_m, b_shift, mask=o_m < head.Sq)
+    tl.store(p_rest + head.line + o_m, b_rest, mask=o_m < head.Sq)
 
 
 @triton.jit
@@ -82,7 +144,10 @@ def _gradients(
     b_lse = tl.where(b_lse == -INF, INF, b_lse) * (LOG2E / TO_LOG2)  # rows without keys or outside: weights 0, not NaN
     b_delta = tl.load(given.p_delta + head.line + o_m, mask=o_m < head.Sq, other=0.0)
     s, bent = scores(b_q, b_k, first_m, first_n, scales, head, features, NATURAL, SOFTCAP, BOUNDARY, SWAP)
-    p = tl.exp2((s - b_lse[:, None]) * TO_LOG2)
+    s -= b_lse[:, None]
+    if given.p_rest is not None and tl.load(given.p_far) != 0:  # a branch: other calls need no registers for it
+        s -= tl.load(given.p_rest + head.line + o_m, mask=o_m < head.Sq, other=0.0)[:, None]
+    p = tl.exp2(s * TO_LOG2)
     dp = outer(b_dout, b_v, SWAP)
     if features.p_rng is not None:
         keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)

@@ -31,7 +31,7 @@ TILES = {
     "sm_90": {
         "fwd": ("128x128x8x3xtma 128x64x8x3xtma", "128x128x8x2xtma 128x64x8x3xtma 128x64x8x2", "64x32x8x1 16x32x4x1"),
         "key": ("64x128x8x2 64x64x8x1 32x64x8x2", "32x128x8x2 32x32x4x1", "32x64x8x1 16x64x8x1"),
-        "query": ("128x64x8x2 128x64x8x2", "64x64x8x1 64x64x8x1", "32x64x8x1 32x32x8x1"),
+        "query": ("128x64x8x2 128x64x8x2", "64x64x8x1 64x64x8x1", "32x64x8x1 32x32x4x1"),
         "decode": ("64x128x4x3", "64x64x4x3", "32x32x4x2"),
     },
     "sm_100": {

@@ -246,9 +246,9 @@ def band(sq: int, sk: int, left: int, right: int, bottom_right: bool, device: to
 def _within(distance: Tensor, left: int, right: int) -> Tensor:
     keep = torch.ones_like(distance, dtype=torch.bool)
     if left >= 0:
-        keep &= distance >= -left
+        keep = keep & (distance >= -left)
     if right >= 0:
-        keep &= distance <= right
+        keep = keep & (distance <= right)
     return keep
 
 

@@ -139,16 +139,17 @@ def test_ignored_rows_may_hold_anything(target):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_nothing_counts(target, label_smoothing):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nothing_counts(target, dtype, label_smoothing):
     """The mean over nothing is NaN, with a gradient of 0, as in torch; the sum is 0."""
     backend, device = target
     for rows in (5, 0):
         inputs = {
-            "logits": randn(rows, 40, device=device),
+            "logits": randn(rows, 40, dtype=dtype, device=device),
             "target": torch.full((rows,), -100, device=device),
         }
         (mean,), (gradient,) = evaluate(loss(label_smoothing=label_smoothing), inputs, backend)
-        assert mean.isnan() and torch.equal(gradient, torch.zeros(rows, 40, device=device))
+        assert mean.isnan() and torch.equal(gradient, torch.zeros(rows, 40, dtype=dtype, device=device))
         (total,), (gradient,) = evaluate(loss(label_smoothing=label_smoothing, reduction="sum"), inputs, backend)
         assert total == 0 and not gradient.any()
 
@@ -218,6 +219,56 @@ def test_a_kept_graph_gives_the_same_gradient_again(target, reduction):
         first, second = (torch.autograd.grad(value, logits, cotangent, retain_graph=True)[0].clone() for _ in range(2))
         (third,) = torch.autograd.grad(value, logits, cotangent)
     assert torch.equal(first, second) and torch.equal(first, third) and first.any()
+
+
+def test_another_graph_of_the_gradient_stays(target):
+    """A gradient that is differentiated further is not scaled in its place by a later backward."""
+    backend, device = target
+    logits, index = randn(6, 31, device=device), targets((6, 31), device)
+    factor, vector = torch.ones((), device=device, requires_grad=True), torch.randn(6, 31, device=device)
+    with use_backend(backend):
+        value = ops.cross_entropy(logits, index)
+        (gradient,) = torch.autograd.grad(value, logits, factor, create_graph=True)
+        slope = (gradient * vector).sum()
+        (expected,) = torch.autograd.grad(slope, factor, retain_graph=True)
+        value.backward(torch.tensor(100.0, device=device))
+        (again,) = torch.autograd.grad(slope, factor)
+    assert torch.equal(again, expected) and expected != 0
+
+
+def test_second_derivatives_say_where_a_z_loss_has_lost_them(target):
+    """Where 1 + 2 z_loss lse is 0, the gradient that the forward kept tells nothing of the probabilities."""
+    backend, device = target
+    logits = torch.randn(3, 5, dtype=torch.float64, device=device)
+    index = torch.tensor([0, 1, 2], device=device)
+    logits = logits - logits.logsumexp(-1, keepdim=True)
+    logits[0] -= 1.0
+
+    def function(logits):
+        return ops.cross_entropy(logits, index, z_loss=0.5, reduction="sum")
+
+    if backend == "torch":
+        return check_or_refused(function, {"logits": logits}, backend, 0.5)
+    with use_backend(backend):
+        found = torch.autograd.functional.hessian(function, logits)
+    with use_backend("reference"):
+        expected = torch.autograd.functional.hessian(function, logits)
+    torch.testing.assert_close(found[1:, :, 1:], expected[1:, :, 1:])
+    lost = found[0, :, 0]
+    assert lost.isnan().all() or torch.allclose(lost, expected[0, :, 0])
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, torch.nn.Buffer, "subclass"])
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_targets_of_a_subclass_are_looked_at(op, kind):
+    index = torch.tensor([0, 1, 9])
+    if kind == "subclass":
+        index = index.as_subclass(type("Subclass", (torch.Tensor,), {}))
+    else:
+        index = kind(index, requires_grad=False) if kind is torch.nn.Parameter else kind(index)
+    weight = {"cross_entropy": [], "linear_cross_entropy": [torch.randn(4, 4)]}[op]
+    with pytest.raises(IndexError, match="target 9 is out of bounds"):
+        getattr(ops, op)(torch.randn(3, 4), *weight, index)
 
 
 @pytest.mark.parametrize("target", KERNELS)

@@ -248,6 +248,39 @@ def test_tables_of_rotary_in_place_have_no_gradient(target):
         ops.rotary_(x, cos.clone().requires_grad_(), cos)
 
 
+HEADS = torch.zeros(1, 1, 2, 4)
+ROWS = torch.zeros(2, 4)
+NUMBERS = {
+    "attention scale": lambda n: ops.attention(HEADS, HEADS, HEADS, scale=n),
+    "attention softcap": lambda n: ops.attention(HEADS, HEADS, HEADS, softcap=n),
+    "attention_weights scale": lambda n: ops.attention_weights(HEADS, HEADS, HEADS[..., 0], scale=n),
+    "scaled_dot_product_attention": lambda n: pyllm.nn.functional.scaled_dot_product_attention(
+        HEADS, HEADS, HEADS, scale=n
+    ),
+    "softmax scale": lambda n: ops.softmax(ROWS, scale=n),
+    "log_softmax scale": lambda n: ops.log_softmax(ROWS, scale=n),
+    "layer_norm eps": lambda n: ops.layer_norm(ROWS, eps=n),
+    "rms_norm eps": lambda n: ops.rms_norm(ROWS, eps=n),
+    "add_layer_norm eps": lambda n: ops.add_layer_norm(ROWS, ROWS, eps=n),
+    "add_rms_norm eps": lambda n: ops.add_rms_norm(ROWS, ROWS, eps=n),
+    "functional layer_norm": lambda n: pyllm.nn.functional.layer_norm(ROWS, (4,), eps=n),
+    "functional rms_norm": lambda n: pyllm.nn.functional.rms_norm(ROWS, (4,), eps=n),
+    "dropout_add dropout_p": lambda n: ops.dropout_add(ROWS, ROWS, dropout_p=n),
+    "cross_entropy z_loss": lambda n: ops.cross_entropy(ROWS, torch.zeros(2, dtype=torch.int64), z_loss=n),
+    "cross_entropy label_smoothing": lambda n: ops.cross_entropy(
+        ROWS, torch.zeros(2, dtype=torch.int64), label_smoothing=n
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_number_is_no_tensor_whose_gradient_would_be_lost(name, learned):
+    NUMBERS[name](0.5)
+    with pytest.raises((TypeError, ValueError), match=r"number|Tensor"):
+        NUMBERS[name](torch.tensor(0.5, requires_grad=learned))
+
+
 @every_target
 def test_what_decoding_cannot_differentiate_raises(target):
     backend, device = target

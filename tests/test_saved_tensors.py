@@ -330,3 +330,59 @@ def test_a_checkpoint_may_keep_every_result(name):
         out = call(*arguments)
         results.append([out, *torch.autograd.grad(out.sin().sum(), [*arguments, *layer.parameters()])])
     torch.testing.assert_close(*results)
+
+
+# --- what a kernel writes to ---
+
+
+def _decode_into(x):
+    lengths = torch.zeros(1, dtype=torch.int32, device=x.device)
+    new = torch.zeros(1, 2, 1, 4, device=x.device)
+    ops.attention_decode(new, x, x.clone(), lengths, key=new, value=new)
+
+
+CHANGES = {
+    "attention_decode": _decode_into,
+    "rotary_": lambda x: ops.rotary_(x, *(torch.zeros(3, 2, device=x.device),) * 2),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_autograd_sees_what_a_kernel_changes(name, target):
+    backend, device = target
+    if backend == "torch" and name == "attention_decode":
+        backend = None
+    weight, x = torch.ones(4, device=device, requires_grad=True), torch.ones(1, 2, 3, 4, device=device)
+    y = (x * weight).sum()
+    with pyllm.use_backend(backend), torch.no_grad():
+        CHANGES[name](x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with torch.inference_mode():
+        x = torch.ones(1, 2, 3, 4, device=device)
+        CHANGES[name](x)
+    with pyllm.use_backend(backend), pytest.raises(RuntimeError, match="inference tensor"), torch.no_grad():
+        CHANGES[name](x)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_hooks_hold_stays_as_it_was(name, target):
+    backend, device = target
+    kept, copies = [], []
+
+    def pack(tensor):
+        kept.append(tensor)
+        copies.append(tensor.detach().clone())
+        return tensor
+
+    for call in OPERATORS[name]:
+        with pyllm.use_backend(backend), torch.device(device), saved_tensors_hooks(pack, lambda tensor: tensor):
+            try:
+                outputs = [o for o in outputs_of(call()) if o.requires_grad]
+            except pyllm.backend.CannotRun:
+                assert backend == "torch"
+                continue
+        if outputs:
+            torch.autograd.backward(outputs, [torch.full_like(o, 3.0) for o in outputs])
+    for tensor, copy in zip(kept, copies, strict=True):
+        assert torch.equal(tensor, copy)

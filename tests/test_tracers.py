@@ -2,10 +2,12 @@
 
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch_parity import E, H, compare
 
@@ -13,6 +15,7 @@ import pyllm
 from pyllm import ops
 from pyllm.backend import recording
 from pyllm.nn import functional, plain
+from pyllm.operator_cases import CASES
 from pyllm.testing import assert_within_budget
 
 pytestmark = [
@@ -206,6 +209,50 @@ class Calling(nn.Module):
 
     def forward(self, x):
         return FUNCTIONS[self.name](x)
+
+
+def _on_tensors(case):
+    """(the call as a function of all its tensors, these, without a gradient)."""
+    inputs = case.inputs(torch.float32)
+
+    def function(*tensors):
+        torch.manual_seed(3)
+        return case.call(**dict(zip(inputs, tensors, strict=True)))
+
+    return function, [t.detach() for t in inputs.values()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_functionalize_and_make_fx_of_operators(case):
+    function, tensors = _on_tensors(case)
+    copies = [[t.clone() for t in tensors] for _ in range(4)]
+    expected = function(*copies[0])
+    assert_equal = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert_equal(torch.func.functionalize(function)(*copies[1]), expected)
+    traced = make_fx(function, tracing_mode="real")(*tensors)
+    torch.manual_seed(3)
+    assert_equal(traced(*copies[2]), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = function(*copies[3])
+    described = [(o.shape, o.dtype) for o in (fake if isinstance(fake, tuple) else (fake,))]
+    assert described == [(o.shape, o.dtype) for o in (expected if isinstance(expected, tuple) else (expected,))]
+
+
+BROADCAST = {  # sizes that a trace knows as symbols, beside numbers
+    "rotary": lambda x: ops.rotary(x, torch.ones(2, 5, 2), torch.ones(2, 5, 2)),
+    "alibi": lambda x: ops.attention(x, x, x, alibi_slopes=torch.ones(2, 2)),
+    "attention mask": lambda x: ops.attention(x, x, x, attn_mask=torch.zeros(8, 8)[:5, :5]),
+    "softmax mask": lambda x: ops.softmax(x, attn_mask=torch.zeros(8)[:4]),
+    "functional": lambda x: functional.scaled_dot_product_attention(x, x, x, attn_mask=torch.zeros(8, 8)[:5, :5]),
+}
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+def test_a_symbol_fits_a_number(name):
+    torch._dynamo.reset()
+    x = torch.randn(2, 2, 5, 4)
+    compiled = torch.compile(BROADCAST[name], fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), BROADCAST[name](x))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

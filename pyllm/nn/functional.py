@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops
-from pyllm.ops._checks import FLOATING
+from pyllm.ops._checks import FLOATING, is_one_or
 from pyllm.ops.cross_entropy import loss_type
 from pyllm.reference import statistics_type
 
@@ -222,7 +222,7 @@ def _sizes(query, key, value, attn_mask, enable_gqa: bool) -> tuple[int, ...] | 
     if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return None
     tails = zip(reversed(attn_mask.shape), reversed(sizes), strict=False)
-    if attn_mask.device != query.device or attn_mask.dim() > len(sizes) or any(m not in (1, n) for m, n in tails):
+    if attn_mask.device != query.device or attn_mask.dim() > len(sizes) or not all(is_one_or(m, n) for m, n in tails):
         return None
     return sizes
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyllm.derivatives import transformed
 
+_TRACING_MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
@@ -75,10 +76,21 @@ def probability(op: str, name: str, p: float) -> None:
         raise ValueError(f"{op}: {name} must be in [0, 1], got {p}")
 
 
+def is_one_or(size: int, other: int) -> bool:
+    """Whether a size broadcasts to the other. Not by `in`, which is False where a trace knows one as a symbol."""
+    return size == 1 or size == other
+
+
+def number(op: str, name: str, value: float | None) -> None:
+    """The value is no tensor, whose gradient would be lost."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a number, got a Tensor")
+
+
 def broadcasts(op: str, name: str, tensor: Tensor, target: Sequence[int], meaning: str) -> None:
     sizes = tensor.shape
     fits = len(sizes) <= len(target) and all(
-        s in (1, t) for s, t in zip(reversed(sizes), reversed(target), strict=False)
+        is_one_or(s, t) for s, t in zip(reversed(sizes), reversed(target), strict=False)
     )
     if not fits:
         raise ValueError(f"{op}: {name} must broadcast to {meaning} = {tuple(target)}, got {tuple(sizes)}")
@@ -93,11 +105,20 @@ def attention_mask(op: str, mask: Tensor, other: Tensor, first: str) -> None:
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Whether a check may read the tensor's values: on the CPU, elsewhere only with PYLLM_DEBUG=1; never in a trace or
-    under a transform."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor or transformed():
+    """Whether a check may read the tensor's values: on the CPU, elsewhere only with PYLLM_DEBUG=1; never in a trace,
+    under a transform, or of a subclass that does operators by itself."""
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    if type(tensor) is not Tensor and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _TRACING_MODES)):
         return False
     return tensor.is_cpu or (not tensor.is_meta and os.environ.get("PYLLM_DEBUG") == "1")
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements of the tensor share their memory."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def short(values: Sequence) -> str:

@@ -91,6 +91,18 @@ def apply(function: type[torch.autograd.Function], *args):
     return function.apply(*args)
 
 
+def will_change(*tensors: Tensor) -> None:
+    """Tells autograd that a kernel will write to the tensors, as it finds out for itself of PyTorch's operators.
+
+    Raises RuntimeError for an inference tensor outside of inference mode. A compiler knows it by the schema.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors):
+        raise RuntimeError("an inference tensor, made under torch.inference_mode(), cannot be changed outside of it")
+    torch.autograd.graph.increment_version(tensors)
+
+
 def draw_rng(tensor: Tensor, dropout_p: float) -> Tensor | None:
     """Dropout's (seed, offset) from PyTorch's generator of the tensor's device, without a synchronisation."""
     if dropout_p == 0.0:

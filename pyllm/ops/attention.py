@@ -233,7 +233,11 @@ def score_biases(
             raise ValueError(f"{op}: alibi_slopes must not require a gradient, they get none")
         if alibi_slopes.dim() == 1:
             alibi_slopes = alibi_slopes[None]
-        if alibi_slopes.dim() != 2 or alibi_slopes.shape[0] not in (1, batch) or alibi_slopes.shape[1] != heads:
+        if (
+            alibi_slopes.dim() != 2
+            or not _checks.is_one_or(alibi_slopes.shape[0], batch)
+            or alibi_slopes.shape[1] != heads
+        ):
             raise ValueError(
                 f"{op}: alibi_slopes must have shape (H,) or (B, H) = ({batch}, {heads}), "
                 f"got {tuple(alibi_slopes.shape)}"
@@ -251,6 +255,7 @@ def options_of(op, query, is_causal, causal_alignment, window, softcap, scale, d
     if not isinstance(softcap, (int, float)) or not 0.0 <= softcap < math.inf:
         raise ValueError(f"{op}: softcap must be a finite number, 0 (none) or more, got {softcap}")
     _checks.probability(op, "dropout_p", dropout_p)
+    _checks.number(op, "scale", scale)
     left, right = (-1, -1) if window is None else window
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
     right = 0 if is_causal else right

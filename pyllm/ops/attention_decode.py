@@ -6,7 +6,7 @@ from torch import Tensor
 from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
-from pyllm.ops._registration import kernel, named_kernel, needs_grad
+from pyllm.ops._registration import kernel, named_kernel, needs_grad, will_change
 from pyllm.ops.attention import check_operands, merged_heads, options_of, score_biases, unfit_for_kernels
 from pyllm.ops.relative_bias import RelativeBias
 from pyllm.reference import DecodeCall, statistics_type
@@ -57,7 +57,10 @@ def attention_decode(
     scale, softcap, _, left, right, _ = options_of(op, query, is_causal, "bottom_right", window, softcap, scale, 0.0)
     caches = (key_cache, value_cache, cache_seqlens, block_table)
     call = (query, *caches, key, value, cos, sin, *biases, scale, softcap, left, right, rotary_interleaved)
-    out, lse = select(ATTENTION_DECODE, *call)(*call)
+    run = select(ATTENTION_DECODE, *call)
+    if key is not None:
+        will_change(key_cache, value_cache)
+    out, lse = run(*call)
     return (out, lse) if return_lse else out
 
 
@@ -84,6 +87,11 @@ def _check(op, query, key_cache, value_cache, cache_seqlens, key, value, block_t
     if (key is None) != (value is None):
         raise ValueError(f"{op}: key and value must both be given, or neither")
     if key is not None:
+        for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+            if _checks.is_expanded(cache):
+                raise RuntimeError(f"{op}: {name} must not be expanded, since key and value are written to the caches")
+        if key_cache is value_cache:
+            raise ValueError(f"{op}: key_cache and value_cache must be two tensors, since both are written to")
         expected = (batch, key_cache.shape[1], *query.shape[2:])
         for name, tensor in (("key", key), ("value", value)):
             _checks.like(op, name, tensor, "query", query)

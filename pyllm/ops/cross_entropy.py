@@ -113,9 +113,17 @@ def inverse_count(target: Tensor, weight: Tensor | None, ignore_index: int, dtyp
     return torch.where(kept, weight[index], 0.0).sum(dtype=dtype).reciprocal()
 
 
-def kept_gradient(gradient: Tensor) -> Tensor:
-    """A gradient that the forward computed, to be scaled in place: a copy where the graph may be run again."""
-    again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+def has_saved_tensor_hooks() -> bool:
+    """Whether what a graph saves now passes through hooks, which may hold it."""
+    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def kept_gradient(gradient: Tensor, shared: bool) -> Tensor:
+    """A gradient that the forward computed, to be scaled in place: a copy where somebody may read it again.
+
+    shared: whether hooks or another graph hold it, beside this graph if that is kept.
+    """
+    again = shared or torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
     return gradient.clone() if again else gradient.detach().contiguous()
 
 
@@ -179,8 +187,9 @@ def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementa
         @staticmethod
         def forward(ctx, logits, target, weight, scale, options, reduction, inplace):
             # In float16 the gradient of a mean would underflow before a loss scale could reach it.
-            late = scale if logits.dtype == torch.float16 else None
-            early = scale if late is None else None
+            is_late = scale is not None and logits.dtype == torch.float16
+            early = None if is_late else scale
+            late = torch.where(scale == torch.inf, 0.0, scale) if is_late else None  # no target, no gradient
             args = (logits, target, weight, early, *options)
             if inplace:
                 loss, dlogits = inplace_fwd(*args), logits
@@ -188,7 +197,7 @@ def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementa
             else:
                 loss, dlogits = fwd(*args, True)
             ctx.save_for_backward(dlogits, target, weight, early, late)
-            ctx.options, ctx.inplace = options, inplace
+            ctx.options, ctx.inplace, ctx.shared = options, inplace, has_saved_tensor_hooks()
             ctx.set_materialize_grads(False)
             return reduced(loss, scale, reduction), dlogits
 
@@ -200,6 +209,7 @@ def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementa
             if ddlogits is not None or beyond_kernels(dloss):
                 if ctx.inplace:
                     raise RuntimeError("cross_entropy: inplace=True has consumed the logits: no second derivative")
+                ctx.shared = True
                 gradient = None if dloss is None else composed(dlogits, dloss if late is None else dloss * late)
                 if ddlogits is not None:
                     change = _hessian_product(ddlogits, dlogits, target, weight, early, *ctx.options)
@@ -208,7 +218,7 @@ def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementa
             if dloss is None:
                 return (None,) * 7
             factor = (dloss if late is None else dloss * late).contiguous()
-            dlogits = kept_gradient(dlogits)
+            dlogits = kept_gradient(dlogits, ctx.shared)
             bwd(dlogits, factor)
             return dlogits, *(None,) * 6
 
@@ -227,6 +237,9 @@ def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementa
     return Implementation(run)
 
 
+_LEAST_SHARE = 32  # of k, in roundings of the gradient: then probabilities have an error of 3 %
+
+
 def _hessian_product(
     vector: Tensor,
     gradient: Tensor,
@@ -241,7 +254,7 @@ def _hessian_product(
 
     With the probabilities p, that gradient is scale * (k p - b at the target - c), b = (1 - label_smoothing) times the
     target's weight, c = label_smoothing / V times each class's and k = b + sum(c) + 2 z_loss lse: its sum over the
-    classes tells k, and then itself p.
+    classes tells k, and then itself p. NaN where z_loss makes k so small that p is lost in the gradient's rounding.
     """
     classes = gradient.shape[-1]
     kept = (target != ignore_index)[..., None]
@@ -252,12 +265,16 @@ def _hessian_product(
     everywhere = label_smoothing / max(classes, 1) * weight
     unscaled = gradient.to(weight.dtype)
     unscaled = unscaled if scale is None else unscaled / scale
-    total = unscaled.sum(-1, keepdim=True) + at_target + everywhere.sum()
+    without_lse = at_target + everywhere.sum()
+    total = unscaled.sum(-1, keepdim=True) + without_lse  # k
     shares = unscaled + everywhere + torch.zeros_like(unscaled).scatter(-1, index, at_target)  # k p
     some = total != 0
     inverse = torch.where(some, 1 / torch.where(some, total, 1.0), 0.0)
     along = (shares * vector).sum(-1, keepdim=True)
     product = shares * vector + shares * along * (2 * z_loss * inverse - 1) * inverse
+    if z_loss:
+        lost = total.abs() < _LEAST_SHARE * torch.finfo(gradient.dtype).eps * without_lse
+        product = torch.where(lost, torch.nan, product)
     product = torch.where(kept, product if scale is None else product * scale, 0.0)
     return product.to(gradient.dtype)
 

@@ -26,6 +26,7 @@ from pyllm.ops.cross_entropy import (
     check_options,
     check_targets,
     cross_entropy_bwd,
+    has_saved_tensor_hooks,
     inverse_count,
     kept_gradient,
     loss_type,
@@ -173,6 +174,7 @@ def _on(
             gradients = (g if asked else None for g, asked in zip(gradients, wanted, strict=True))
             ctx.save_for_backward(*gradients, hidden, weight, bias, target)  # the operands for a second derivative
             ctx.options, ctx.reduction = options, "sum" if scale is None else "mean"
+            ctx.shared = has_saved_tensor_hooks()
             return loss.sum() if scale is None else loss.sum() * scale
 
         @staticmethod
@@ -182,7 +184,7 @@ def _on(
             if beyond_kernels(dloss):
                 operands = (hidden, weight, bias)
                 return *again(dloss, operands, target, ctx.options, ctx.reduction, ctx.needs_input_grad), *(None,) * 5
-            gradients = [None if g is None else kept_gradient(g) for g in gradients]
+            gradients = [None if g is None else kept_gradient(g, ctx.shared) for g in gradients]
             for gradient in gradients:
                 if gradient is not None:
                     scale_gradient(gradient, dloss)

@@ -8,7 +8,7 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
-from pyllm.ops._registration import apply, kernel, needs_grad, on_kernels
+from pyllm.ops._registration import apply, kernel, needs_grad, on_kernels, will_change
 from pyllm.ops.attention import merged_heads
 from pyllm.reference import statistics_type
 
@@ -36,7 +36,7 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, i
         raise ValueError("rotary_: cos and sin must not require a gradient; rotary, which is not in place, has it")
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"rotary_: x must have a contiguous last dimension, got strides {x.stride()}")
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+    if _checks.is_expanded(x):
         raise RuntimeError("rotary_: x must not be expanded, since each of its elements is written")
     args = (x, *tables, interleaved, inverse)
     return select(ROTARY_INPLACE, *args)(*args)
@@ -53,7 +53,7 @@ def _tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     if not (
         cos.dim() in (2, 3)
         and cos.shape[-2] == x.shape[2]
-        and (cos.dim() == 2 or cos.shape[0] in (1, x.shape[0]))
+        and (cos.dim() == 2 or _checks.is_one_or(cos.shape[0], x.shape[0]))
         and min(1, x.shape[3]) <= 2 * cos.shape[-1] <= x.shape[3]
     ):
         raise ValueError(
@@ -131,6 +131,7 @@ def _inplace_on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
     def run(x, *rest):
         if needs_grad(x):
             return RotaryInPlace.apply(x, *rest)
+        will_change(x)
         fwd(x, *rest)
         return x
 

@@ -38,6 +38,8 @@ def log_softmax(
 def _along(name: str, op: Operator, x: Tensor, dim: int, scale: float, attn_mask: Tensor | None, is_causal: bool):
     (x,) = full_precision(x)
     _checks.floating(name, "x", x)
+    if type(scale) is not float:
+        _checks.number(name, "scale", scale)
     rank = x.dim()
     if dim != -1 or not rank:
         if not -rank <= dim < rank:
