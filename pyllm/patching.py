@@ -11,11 +11,13 @@ import torch
 from torch.nn import Module
 
 from pyllm import nn
+from pyllm.nn.dropout import Dropout
 from pyllm.nn.plain import is_written
 
 _NAMES = [name for name in nn.__all__ if isinstance(getattr(torch.nn, name, None), type)]  # those that torch has too
 _REPLACEMENTS = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
-_ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
+_ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()} | {Dropout: torch.nn.Dropout}
+_LAYERS = (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)  # whose dropouts are replaced, too
 _MARK = "_pyllm_patched"  # in the module's __dict__, so that copies of a patched model can be unpatched
 _PACKS = "batches with padding run as their tokens alone, and padded positions are 0 (pack=False: torch.nn's values)"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -46,10 +48,11 @@ class Report:
 def patch(model: Module, *, pack: bool = True) -> Report:
     """Replaces torch.nn's layers in model by pyllm's of the same name, in place; patching twice is patching once.
 
-    Replaced are LayerNorm, RMSNorm, Softmax, MultiheadAttention and the Transformer classes, where a module is exactly
-    of that class: the report says which modules were left, and why. pack: whether a TransformerEncoder whose
-    enable_nested_tensor is set may run a padded batch as its tokens alone, in training too; padded positions then come
-    out as 0, where torch.nn's training computes values that nothing should read. pack=False computes them.
+    Replaced are LayerNorm, RMSNorm, Softmax, MultiheadAttention and the Transformer classes, with the Dropouts of their
+    layers, where a module is exactly of that class: the report says which modules were left, and why. pack: whether a
+    TransformerEncoder whose enable_nested_tensor is set may run a padded batch as its tokens alone, in training too;
+    padded positions then come out as 0, where torch.nn's training computes values that nothing should read. pack=False
+    computes them.
     Raises TypeError if model is not a Module.
     """
     report = Report("replaced")
@@ -63,9 +66,10 @@ def patch(model: Module, *, pack: bool = True) -> Report:
         if why is not None:
             report.left[name] = why
             continue
-        module.__class__ = _REPLACEMENTS[kind]
-        module.__dict__[_MARK] = True
-        report.replaced[name] = kind.__name__
+        _replace(report, name, module, _REPLACEMENTS[kind])
+        for part, child in module.named_children() if issubclass(kind, _LAYERS) else ():
+            if type(child) is torch.nn.Dropout and _unfit(child) is None:
+                _replace(report, f"{name}.{part}" if name else part, child, Dropout)
         if kind is torch.nn.TransformerEncoder:
             module.pack = pack
             if pack and module.enable_nested_tensor:
@@ -87,10 +91,17 @@ def unpatch(model: Module) -> Report:
             report.left[name] = f"its class was changed to {kind.__name__} after patch"
             continue
         del module.__dict__[_MARK]
-        module.__dict__.pop("pack", None)
+        for setting in ("pack", "padding_is_read"):
+            module.__dict__.pop(setting, None)
         module.__class__ = _ORIGINALS[kind]
         report.replaced[name] = kind.__name__
     return report
+
+
+def _replace(report: Report, name: str, module: Module, kind: type[Module]) -> None:
+    report.replaced[name] = type(module).__name__
+    module.__class__ = kind
+    module.__dict__[_MARK] = True
 
 
 def _modules(function: str, model: Module):
@@ -102,7 +113,7 @@ def _modules(function: str, model: Module):
 def _unfit(module: Module) -> str | None:
     """Why a module of one of torch's classes, or of a subclass, cannot be pyllm's; None if it can."""
     kind = type(module)
-    if kind not in _REPLACEMENTS:
+    if kind not in _ORIGINALS.values():
         base = next(b for b in kind.__mro__ if b in _REPLACEMENTS)
         return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.{base.__name__}"
     if "forward" in module.__dict__:

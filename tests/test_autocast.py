@@ -69,3 +69,16 @@ def test_second_derivatives_of_attention(target):
     leaves = [torch.randn(2, 2, 5, 8, device=device).requires_grad_() for _ in range(3)]
     with pyllm.use_backend(backend):
         assert_autocast_changes(0.05, lambda: ops.attention(*leaves).sin().sum(), leaves, device, True)
+
+
+@pytest.mark.parametrize("dtype, other", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
+def test_a_mask_of_the_other_16_bits(dtype, other, target):
+    backend, device = target
+    layer = pyllm.nn.MultiheadAttention(24, 3, batch_first=True, device=device)
+    x, mask = torch.randn(2, 5, 24, device=device), torch.randn(5, 5, device=device).to(other).requires_grad_()
+    with torch.autocast(device, dtype):
+        with pyllm.use_backend(backend if backend != "torch" else None):
+            out = layer(x, x, x, attn_mask=mask, need_weights=False)[0]
+        expected = layer(x, x, x, attn_mask=mask.float(), need_weights=False)[0]
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+    assert out.dtype == dtype and torch.autograd.grad(out.float().sin().sum(), mask)[0].dtype == other

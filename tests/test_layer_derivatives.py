@@ -197,8 +197,9 @@ def test_a_padded_batch_is_not_packed_under_a_transform():
     encoder = pyllm.nn.TransformerEncoder(pyllm.nn.TransformerEncoderLayer(E, 2, **ENCODER), 2).double()
     x, v = (torch.randn(3, 2, L, E, dtype=torch.float64) for _ in range(2))
     padding = torch.arange(L) >= torch.tensor([[L, 2], [3, 3], [1, 4]])[..., None]
-    with encoder.padded():
-        expected = torch.stack([encoder(a, src_key_padding_mask=p) for a, p in zip(x, padding, strict=True)])
+    encoder.pack = False
+    expected = torch.stack([encoder(a, src_key_padding_mask=p) for a, p in zip(x, padding, strict=True)])
+    encoder.pack = True
     batched = vmap(lambda a, p: encoder(a, src_key_padding_mask=p))(x, padding)
     torch.testing.assert_close(batched, expected)
     value, tangent = jvp(lambda a: encoder(a, src_key_padding_mask=padding[0]), (x[0],), (v[0],))

@@ -209,6 +209,18 @@ def test_hooks_and_replaced_modules_are_called():
     assert called == ["self_attn", "linear1"]
 
 
+@pytest.mark.parametrize("save", PLANS)
+def test_a_branch_may_change_what_the_next_one_reads(save):
+    """In place, where both read one norm: the second is not computed from what the norm made."""
+    options = {"dropout": 0.0, "norm_first": True, "parallel_residual": True, "shared_norm": True}
+    layer = pyllm.nn.EncoderLayer(E, H, 40, **options, save=save)
+    layer.self_attn.register_forward_pre_hook(lambda module, args: (args[0].mul_(1.5), None)[1])
+    weight, x = layer.ffn.linear1.weight, torch.randn(2, 5, E, requires_grad=True)
+    (found,) = torch.autograd.grad(layer(x).sin().sum(), weight)
+    layer.save = "all"
+    torch.testing.assert_close(found, torch.autograd.grad(layer(x).sin().sum(), weight)[0])
+
+
 @pytest.mark.parametrize("make", [LAYERS["encoder"], LAYERS["gated"], LAYERS["decoder"]])
 def test_unknown_plan(make):
     with pytest.raises(ValueError, match="save must be one of all, minimal, recompute, got 'some'"):

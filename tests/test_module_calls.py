@@ -1,6 +1,7 @@
 """What a fused layer leaves out is called wherever a call would do more than the sublayer's class says."""
 
 from collections import Counter
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torch_parity import E, H, compare, pair
 
@@ -414,3 +416,100 @@ def test_a_stack_with_modules_of_the_users_stays_padded(site):
             setattr(layer, site, nn.Sequential(own, old) if isinstance(old, nn.Module) else own.forward)
     x = torch.randn(2, 5, E)
     compare(ours, theirs, x, src_key_padding_mask=padding)
+
+
+# --- what watching must not change ---
+
+DROPPING = {
+    "TransformerEncoderLayer": lambda: pyllm.nn.TransformerEncoderLayer(E, H, 40, 0.3, batch_first=True),
+    "TransformerDecoderLayer": lambda: pyllm.nn.TransformerDecoderLayer(E, H, 40, 0.3, batch_first=True),
+    "TransformerEncoderLayer, own activation": lambda: pyllm.nn.TransformerEncoderLayer(
+        E, H, 40, 0.3, torch.tanh, batch_first=True
+    ),
+    "TransformerEncoderLayer, patched": lambda: _patched(nn.TransformerEncoderLayer(E, H, 40, 0.3, batch_first=True)),
+    "EncoderLayer": lambda: EncoderLayer(E, H, 40, dropout=0.3, activation="swiglu", norm_first=True),
+    "DecoderLayer": lambda: DecoderLayer(E, H, 40, dropout=0.3),
+}
+
+
+def _patched(model):
+    pyllm.patch(model)
+    return model
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_is_the_same_whoever_watches(name):
+    layer = DROPPING[name]()
+    arguments = inputs(name, grad=True)
+
+    def found(watch):
+        torch.manual_seed(3)
+        with watch:
+            out = layer(*arguments)
+        return out, *torch.autograd.grad(out.sin().sum(), [*arguments, *layer.parameters()])
+
+    expected = found(nullcontext())
+    torch.testing.assert_close(found(FlopCounterMode(display=False)), expected, rtol=1e-4, atol=1e-5)
+    for part in list(layer.modules()):
+        handle = part.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(found(nullcontext()), expected, rtol=1e-4, atol=1e-5)
+        handle.remove()
+
+
+def test_a_checkpoint_that_nobody_watches_again():
+    """What was watched in the forward is computed again in the backward by the fused kernels."""
+    layer, (x,) = DROPPING["TransformerEncoderLayer"](), inputs("", grad=True)
+    found = []
+    for again in (False, True):
+        torch.manual_seed(3)
+        with FlopCounterMode(display=False):
+            out = checkpoint(layer, x, use_reentrant=True) if again else layer(x)
+        found.append(torch.autograd.grad(out.sin().sum(), x) if not again else _gradient(out, x))
+    torch.testing.assert_close(*found)
+
+
+def _gradient(out, x):
+    x.grad = None
+    out.sin().sum().backward()
+    return (x.grad,)
+
+
+class Attending(nn.Module):
+    """A self-attention of the user's, which notes its masks."""
+
+    batch_first = True
+
+    def forward(self, query, key, value, **options):
+        self.got = options
+        return query * 1.0, None
+
+
+def _own_block(self, x, attn_mask, key_padding_mask, is_causal=False):
+    self.got = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+    return x * 1.0
+
+
+@pytest.mark.parametrize("how", ["self_attn", "_sa_block", "hook"])
+@pytest.mark.parametrize(
+    "mask", [None, torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.ones(5, 5)], ids=["none", "bool", "float"]
+)
+@pytest.mark.parametrize("padding", [None, torch.arange(5) >= torch.tensor([[5], [2]])], ids=["full", "padded"])
+@pytest.mark.filterwarnings("ignore:Support for mismatched src_key_padding_mask")
+def test_what_a_layer_calls_gets_the_masks_that_torch_gives_it(padding, mask, how):
+    got = []
+    for module in (pyllm.nn, nn):
+        kind = module.TransformerEncoderLayer
+        if how == "_sa_block":
+            kind = type("Own", (kind,), {"_sa_block": _own_block})
+        layer = kind(*LAYER, batch_first=True)
+        if how == "self_attn":
+            layer.self_attn = Attending()
+        if how == "hook":
+            layer.self_attn.register_forward_pre_hook(
+                lambda module, args, options: setattr(module, "got", options), with_kwargs=True
+            )
+        layer(torch.randn(2, 5, E), mask, padding)
+        got.append(layer.got if how == "_sa_block" else layer.self_attn.got)
+    for name in ("attn_mask", "key_padding_mask"):
+        ours, theirs = (found[name] for found in got)
+        assert ours is theirs is None or (ours.dtype == theirs.dtype and torch.equal(ours, theirs))

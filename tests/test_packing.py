@@ -2,9 +2,13 @@
 
 import threading
 from contextlib import contextmanager
+from copy import deepcopy
 
 import pytest
 import torch
+from torch.distributed._composable import checkpoint as composable_checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 from torch_parity import SMALL, E, H, assert_parity, compare, pair, results
 
 import pyllm
@@ -19,6 +23,7 @@ PADDING[0, :3] = False
 PADDING[1, :] = False
 ONE_IN_TEN = torch.zeros(B, S, dtype=torch.bool)
 ONE_IN_TEN[0, 6:] = True  # 3 of 36
+KEPT = torch.arange(S) >= torch.tensor([3, 9, 1, 6])[:, None]
 PADDING[3, 4:8] = False  # before and after; sample 2 is nothing but padding
 
 
@@ -156,8 +161,8 @@ def test_a_batch_of_padding_alone(packed_calls):
     stack, _ = stacks()
     x = torch.randn(B, S, E, requires_grad=True)
     out = stack(x, src_key_padding_mask=torch.ones_like(PADDING))
-    with stack.padded():
-        assert torch.equal(out, stack(x, src_key_padding_mask=torch.ones_like(PADDING)))
+    stack.pack = False
+    assert torch.equal(out, stack(x, src_key_padding_mask=torch.ones_like(PADDING)))
     assert out.isfinite().all() and torch.autograd.grad(out.sum(), x)[0].isfinite().all()
     assert not packed_calls
 
@@ -268,32 +273,90 @@ def test_a_layer_of_the_users_gets_the_masks_that_torch_gives_it(mask, padding):
 
 
 def test_threads_that_interleave_get_what_torch_gives(monkeypatch):
-    """One encoder, of which one thread's decoder looks at padding and the other's does not."""
+    """One encoder, of which one thread's decoder looks at padding, while the other's does not."""
     ours, theirs = pair("Transformer", **SMALL, dropout=0.0, batch_first=True)
     padding, src, tgt = PADDING[[0, 1, 3]], torch.randn(3, S, E), torch.randn(3, 5, E)
-    expected = theirs(src, tgt, src_key_padding_mask=padding)
-    entered, left = threading.Barrier(2, timeout=60), threading.Event()
-    plain = TransformerEncoder.padded
+    masks = [{"memory_key_padding_mask": padding}, {}]
+    entered, left = threading.Event(), threading.Event()
+    plain = TransformerEncoder.unread_padding
 
     @contextmanager
-    def padded(self):
+    def unread_padding(self):
         with plain(self):
-            entered.wait()
-            if threading.current_thread() is not first:
-                assert left.wait(60)
+            entered.set()
+            assert left.wait(60)
             yield
+
+    def run(index, results):
+        if index == 1:
+            assert entered.wait(60)
+        results[index] = ours(src, tgt, src_key_padding_mask=padding, **masks[index])
         left.set()
 
-    def run(results):
-        results.append(ours(src, tgt, src_key_padding_mask=padding))
-
-    monkeypatch.setattr(TransformerEncoder, "padded", padded)
-    results = []
-    first, second = (threading.Thread(target=run, args=(results,)) for _ in range(2))
-    for thread in (first, second):
+    monkeypatch.setattr(TransformerEncoder, "unread_padding", unread_padding)
+    results = [None, None]
+    threads = [threading.Thread(target=run, args=(index, results)) for index in range(2)]
+    for thread in threads:
         thread.start()
-    for thread in (first, second):
+    for thread in threads:
         thread.join()
-    for result in results:
-        torch.testing.assert_close(result, expected)
-    assert len(results) == 2
+    for result, mask in zip(results, masks, strict=True):
+        torch.testing.assert_close(result, theirs(src, tgt, src_key_padding_mask=padding, **mask))
+
+
+WRAPPED = {  # the encoder of a Transformer, in the ways in which it is checkpointed
+    "reentrant": lambda model: _checkpointed(model, True),
+    "not reentrant": lambda model: _checkpointed(model, False),
+    "composable": lambda model: composable_checkpoint(model.encoder),
+    "wrapper": lambda model: setattr(model, "encoder", checkpoint_wrapper(model.encoder)),
+}
+
+
+def _checkpointed(model, use_reentrant):
+    plain = model.encoder.forward
+    model.encoder.forward = lambda src, **masks: checkpoint(
+        lambda x: plain(x, **masks), src, use_reentrant=use_reentrant
+    )
+
+
+@pytest.mark.parametrize("memory", ["none", "same", "less"])
+@pytest.mark.parametrize("wrap", [None, *WRAPPED])
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_decoder_reads_what_torchs_reads(patched, wrap, memory):
+    """However its encoder is called, in the forward and again in a backward."""
+    ours, theirs = pair("Transformer", **SMALL, dropout=0.0, batch_first=True)
+    model = deepcopy(theirs) if patched else ours
+    if wrap is not None:
+        WRAPPED[wrap](model)
+    if patched:
+        pyllm.patch(model)
+    padding, src, tgt = PADDING[[0, 1, 3]], torch.randn(3, S, E), torch.randn(3, 5, E)
+    masks = {"same": padding, "less": padding & (torch.arange(S) > 5), "none": None}
+    found = []
+    for each in (model, theirs):
+        x = src.clone().requires_grad_()
+        out = each(x, tgt, src_key_padding_mask=padding, memory_key_padding_mask=masks[memory])
+        out.sin().sum().backward()  # which a reentrant checkpoint wants
+        found.append((out, x.grad, *(p.grad for p in each.parameters())))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["packs", "padded"])
+def test_a_learned_mask_has_its_gradient_also_while_it_is_causal(nested):
+    """Where there is padding, as in torch, which drops a causal mask only where there is none."""
+    ours, theirs = pair("TransformerEncoderLayer", E, H, 40, 0.0, batch_first=True)
+    x, found = torch.randn(B, S, E), []
+    for layer, stack in ((ours, TransformerEncoder), (theirs, torch.nn.TransformerEncoder)):
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(S).requires_grad_()
+        out = stack(layer, 2, enable_nested_tensor=nested and layer is ours)(x, mask, src_key_padding_mask=KEPT)
+        found.append(torch.autograd.grad(out.sin().sum(), mask)[0])
+    assert found[1].any()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, CAUSAL[:5, :5]], ids=["none", "other length"])
+def test_a_hint_without_its_mask_is_refused(mask, packed_calls):
+    stack, _ = stacks()
+    with pytest.raises((RuntimeError, AssertionError)):
+        stack(torch.randn(B, S, E), mask, PADDING, is_causal=True)
+    assert not packed_calls

@@ -51,7 +51,7 @@ def test_patch_keeps_the_model_and_its_numbers():
     torch.save(model.state_dict(), saved[1])
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
     assert saved[0].getvalue() == saved[1].getvalue()
-    replaced = {name for name, module in original.named_modules() if type(module) in _torch_layers()}
+    replaced = {name for name, module in original.named_modules() if type(module) in [*_torch_layers(), nn.Dropout]}
     assert set(report.replaced) == replaced
     assert not {type(m) for m in model.modules()} & set(_torch_layers())
     assert list(report.left) == ["norms.2"] and "subclass of torch.nn.LayerNorm" in report.left["norms.2"]
@@ -68,6 +68,30 @@ def test_report_reads_well():
     assert text.splitlines()[:2] == ["replaced 2 modules, left 1", "  2 x LayerNorm"]
     assert "left 2: " in text and "OwnNorm" in text
     assert str(pyllm.patch(nn.Linear(2, 2))) == "replaced 0 modules"
+
+
+def test_dropouts_of_layers_alone_are_replaced():
+    model = nn.Sequential(nn.Dropout(0.1), nn.TransformerEncoderLayer(E, H, 40, batch_first=True))
+    before = classes(model)
+    assert "1.dropout1" in pyllm.patch(model).replaced and type(model[0]) is nn.Dropout
+    assert not [m for m in model[1].modules() if type(m) is nn.Dropout]
+    pyllm.unpatch(model)
+    assert classes(model) == before
+
+
+class OwnEncoder(nn.TransformerEncoder):
+    pass
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_encoder_of_torchs_over_layers_of_ours(training):
+    """It hands them a NestedTensor where it evaluates a padded batch."""
+    model = OwnEncoder(nn.TransformerEncoderLayer(E, 4, 40, 0.0, batch_first=True), 2).train(training)
+    x, padding = torch.randn(B, L, E), torch.arange(L) >= torch.tensor([5, 2, 1, 3])[:, None]
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=padding)
+        assert list(pyllm.patch(model).left) == [""]
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected)
 
 
 def test_patch_reaches_hooks_optimizers_and_the_root():

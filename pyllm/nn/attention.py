@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllm import ops
+from pyllm.derivatives import transformed
 from pyllm.nn.memory import Source, branch_linear, linear
 from pyllm.nn.packing import Packing
 from pyllm.nn.plain import LINEAR, is_unchanged
 from pyllm.nn.tracing import drop_in
+from pyllm.ops._registration import needs_grad
 from pyllm.ops.attention_weights import attention_and_weights
 
 
@@ -83,7 +85,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         extended = self.bias_k is not None or self.add_zero_attn
         # As in torch, whose hint also hides the keys that add_bias_kv and add_zero_attn append.
-        is_causal = is_causal and not need_weights and not (extended and key_padding_mask is not None)
+        padded = key_padding_mask is not None
+        is_causal = is_causal and not need_weights and not (padded and (extended or has_derivative(attn_mask)))
         attn_mask, key_padding_mask = _sdpa_masks(
             None if is_causal else attn_mask, key_padding_mask, q.shape[0], self.num_heads
         )
@@ -175,6 +178,11 @@ def _product(
     """x weight^T + bias (..., parts * E) as `parts` views (..., H, D)."""
     head_dim = weight.shape[0] // (parts * heads)  # not inferred: other sizes may be 0
     return linear(x, weight, bias, source).unflatten(-1, (parts, heads, head_dim)).unbind(-3)
+
+
+def has_derivative(mask: Tensor) -> bool:
+    """Whether a mask is learned or perturbed, so that its values, even of a causal one, are not all that it is."""
+    return needs_grad(mask) or transformed()
 
 
 def _sdpa_masks(attn_mask, key_padding_mask, batch: int, heads: int) -> tuple[Tensor | None, Tensor | None]:

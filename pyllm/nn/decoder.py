@@ -93,7 +93,7 @@ class TransformerDecoderLayer(ResidualLayer, torch.nn.TransformerDecoderLayer):
     @wraps(torch.nn.TransformerDecoderLayer.__init__)
     def __init__(self, *args, save: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self._adopt(save, self.self_attn, self.multihead_attn, self.norm1, self.norm2, self.norm3)
+        self._adopt(save)
 
     def forward(
         self,

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
-from pyllm.nn.attention import MultiheadAttention
+from pyllm.nn.attention import MultiheadAttention, has_derivative
 from pyllm.nn.cache import KVCache
+from pyllm.nn.dropout import DROPOUT, Dropout
 from pyllm.nn.feedforward import FeedForward, fuses
 from pyllm.nn.memory import Source, check_plan
 from pyllm.nn.norm import LayerNorm, RMSNorm
@@ -27,7 +28,7 @@ _PACKED_SHARE = 0.9  # of tokens in a padded batch, up to which moving them twic
 
 
 class _Thread(threading.local):
-    padded: Module | None = None  # whose batches are not to be packed
+    unread: Module | None = None  # whose padded positions the decoder behind it does not read
 
 
 _thread = _Thread()
@@ -130,7 +131,7 @@ class EncoderLayer(Module):
         self.ffn = FeedForward(d_model, dim_feedforward, activation, dropout, ffn_bias, **factory)
         self.self_attn_norm = make_norm()
         self.ffn_norm = None if shared_norm else make_norm()
-        self.dropout = torch.nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm_first, self.parallel_residual = norm_first, parallel_residual
 
     def forward(
@@ -200,7 +201,8 @@ class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
     """Replaces torch.nn.TransformerEncoderLayer: same constructor, parameters, masks, numbers.
 
     What differs: attention is fused in training too; dropout, residual and norm are one kernel. torch's inference fast
-    path is never taken: an all-padded sample gives finite values, never NaN. NestedTensors are refused.
+    path is never taken: an all-padded sample gives finite values, never NaN. A NestedTensor, which torch's own encoder
+    makes of a padded batch in inference, is padded in between and comes back as one.
     """
 
     _torch = torch.nn.TransformerEncoderLayer
@@ -208,7 +210,7 @@ class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
     @wraps(torch.nn.TransformerEncoderLayer.__init__)
     def __init__(self, *args, save: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self._adopt(save, self.self_attn, self.norm1, self.norm2)
+        self._adopt(save)
 
     def forward(
         self,
@@ -221,12 +223,17 @@ class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
 
         The masks are those of `pyllm.nn.MultiheadAttention`; is_causal promises that src_mask is the causal one.
         """
+        if src.is_nested and src_mask is None and src_key_padding_mask is None:
+            padded, kept = _padded(src)
+            return torch._nested_tensor_from_mask(self.run(padded, None, None, ~kept, False)[0], kept)
         return self.run(src, None, src_mask, src_key_padding_mask, is_causal)[0]
 
     def run(
         self, x: Tensor, source: Source | None, attn_mask, key_padding_mask: Tensor | Packing | None, is_causal: bool
     ) -> tuple[Tensor, Source | None]:
         """`forward`, given how x is made again, and returning how the result is; x (T, E) with a Packing."""
+        if not (self._is_torchs("_sa_block") and is_plain(self.self_attn, MultiheadAttention)):
+            attn_mask, key_padding_mask = _added(attn_mask, key_padding_mask, x.dtype, "src_mask")
         sublayers = (
             self._sublayer("sa", self.dropout1, self.norm1, attn_mask, key_padding_mask, is_causal),
             self._sublayer("ff", self.dropout2, self.norm2),
@@ -244,8 +251,8 @@ class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
             and is_unchanged(self.self_attn.out_proj, *LINEAR)
             and is_row_norm(self.norm1)
             and is_row_norm(self.norm2)
-            and is_plain(self.dropout1, torch.nn.Dropout)
-            and is_plain(self.dropout2, torch.nn.Dropout)
+            and is_plain(self.dropout1, *DROPOUT)
+            and is_plain(self.dropout2, *DROPOUT)
             and fuses(self.linear1, self.activation, self.dropout, self.linear2)
         )
 
@@ -258,12 +265,15 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     does in inference: then padded positions hold 0 before the final norm. What differs: in training too, where torch's
     holds what the layers compute there; wherever more than a tenth of the batch is padding, and no mask but the causal
     one is given; no NestedTensor is made. With enable_nested_tensor=False, or the attribute pack set to False, padded
-    positions hold torch's values everywhere. Where a layer has parts of the user's own, or hooks look at it, batches
-    stay padded. On a GPU this waits once for the number of tokens. Under torch.compile, torch.func and without data
-    (meta and fake tensors) batches stay padded, and a mask is used as it is, without a look whether it is causal.
+    positions hold torch's values everywhere; within a `Transformer` they do, unless its decoder is given the same mask,
+    the very tensor, for its memory. Where a layer has parts of the user's own, or hooks look at it, and where the mask
+    is learned, batches stay padded. On a GPU this waits once for the number of tokens. Under torch.compile, torch.func
+    and without data (meta and fake tensors) batches stay padded, and a mask is used as it is, without a look whether it
+    is causal.
     """
 
     pack = True
+    padding_is_read = False  # by a decoder: set by the Transformer that the encoder is a part of
 
     def __init__(
         self,
@@ -288,7 +298,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal = causal_hint(is_causal, mask)
         if is_causal is None:
             is_causal = _detect_is_causal_mask(mask, None, _get_seq_len(src, batch_first))
-        packing = self._packing(src, mask, src_key_padding_mask, is_causal)
+        packing = self._packing(src, mask, src_key_padding_mask, is_causal, batch_first)
         if packing is None:
             src = self._through_layers(src, mask, src_key_padding_mask, is_causal)
         else:
@@ -296,25 +306,29 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         return src if self.norm is None else self.norm(src)
 
     @contextmanager
-    def padded(self):
-        """Batches of this module stay padded inside, in this thread."""
-        before, _thread.padded = _thread.padded, self
+    def unread_padding(self):
+        """Inside, in this thread, batches may be packed although `padding_is_read`."""
+        before, _thread.unread = _thread.unread, self
         try:
             yield
         finally:
-            _thread.padded = before
+            _thread.unread = before
 
-    def _packing(self, src: Tensor, mask, key_padding_mask: Tensor | None, is_causal: bool) -> Packing | None:
+    def _packing(
+        self, src: Tensor, mask, key_padding_mask: Tensor | None, is_causal: bool, batch_first: bool
+    ) -> Packing | None:
         """Where the tokens of the batch are, if they are to go through the layers alone."""
-        if not (self.enable_nested_tensor and self.pack) or (mask is not None and not is_causal) or src.dim() != 3:
+        if not (self.enable_nested_tensor and self.pack) or src.dim() != 3 or (mask is None) == bool(is_causal):
+            return None
+        if mask is not None and (mask.shape[-2:] != (src.shape[1 if batch_first else 0],) * 2 or has_derivative(mask)):
             return None
         if key_padding_mask is None or key_padding_mask.dtype != torch.bool or not readable(key_padding_mask):
             return None
-        if _thread.padded is self:
+        if self.padding_is_read and _thread.unread is not self:
             return None
         if not all(isinstance(layer, TransformerEncoderLayer) and layer.packs() for layer in self.layers):
             return None
-        packing = Packing.of(key_padding_mask, self.layers[0].self_attn.batch_first)
+        packing = Packing.of(key_padding_mask, batch_first)
         return packing if packing.shape == src.shape[:2] and 0.0 < packing.share <= _PACKED_SHARE else None
 
     def _through_layers(self, x: Tensor, mask, key_padding_mask: Tensor | Packing | None, is_causal: bool) -> Tensor:
@@ -323,17 +337,26 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             if is_plain(layer, TransformerEncoderLayer):
                 x, source = layer.run(x, source, mask, key_padding_mask, is_causal)
             else:
-                masks = _added(mask, key_padding_mask, x.dtype)
+                masks = _added(mask, key_padding_mask, x.dtype, "mask")
                 x = layer(x, src_mask=masks[0], is_causal=is_causal, src_key_padding_mask=masks[1])
                 source = None
         return x
 
 
-def _added(mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """The masks as torch.nn.TransformerEncoder hands them to its layers: to be added, 0 or -inf."""
+def _padded(nested: Tensor) -> tuple[Tensor, Tensor]:
+    """A NestedTensor of (length, E) as (B, S, E), 0 behind each length, and (B, S) bool: where it is not padding."""
+    padded = nested.to_padded_tensor(0.0)
+    lengths = torch.tensor([len(sequence) for sequence in nested.unbind()], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+
+
+def _added(
+    mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype, name: str
+) -> tuple[Tensor | None, ...]:
+    """The masks as torch.nn hands them to what an encoder or its layer calls: to be added, 0 or -inf."""
     kind = F._none_or_dtype(mask)
-    padding = F._canonical_mask(key_padding_mask, "src_key_padding_mask", kind, "mask", dtype)
-    return F._canonical_mask(mask, "mask", None, "", dtype, check_other=False), padding
+    padding = F._canonical_mask(key_padding_mask, "src_key_padding_mask", kind, name, dtype)
+    return F._canonical_mask(mask, name, None, "", dtype, check_other=False), padding
 
 
 def causal_hint(is_causal: bool | None, mask: Tensor | None) -> bool | None:

@@ -11,6 +11,7 @@ from torch.nn import Linear, Module
 from pyllm import reference
 from pyllm.backend import select
 from pyllm.derivatives import beyond_kernels, vjp
+from pyllm.nn.dropout import DROPOUT, Dropout, dropped
 from pyllm.nn.memory import Source, by_hand, flat, in_one_precision, kept, matrix, restored
 from pyllm.nn.plain import LINEAR, is_plain
 from pyllm.nn.tracing import leaf
@@ -45,7 +46,7 @@ def activate(x: Tensor, bias: Tensor | None, dropout_p: float, kind: str) -> Ten
 
 def fuses(linear1: Module, activation: Callable[[Tensor], Tensor] | str, dropout: Module, linear2: Module) -> bool:
     """Whether `feed_forward` calls none of the modules."""
-    plain = is_plain(linear1, *LINEAR) and is_plain(linear2, *LINEAR) and is_plain(dropout, torch.nn.Dropout)
+    plain = is_plain(linear1, *LINEAR) and is_plain(linear2, *LINEAR) and is_plain(dropout, *DROPOUT)
     return plain and kind_of(activation) is not None
 
 
@@ -66,7 +67,8 @@ def feed_forward(
     kind = kind_of(activation)
     if not fuses(linear1, activation, dropout, linear2):
         hidden = linear1(x)
-        return linear2(dropout(activation(hidden) if callable(activation) else activate(hidden, None, 0.0, kind))), None
+        active = activation(hidden) if callable(activation) else activate(hidden, None, 0.0, kind)
+        return linear2(dropped(active, dropout)), None
     dropout_p = dropout.p if dropout.training else 0.0
     if not by_hand(x, linear1.weight, linear1.bias, linear2.weight):
         hidden = activate(F.linear(x, linear1.weight), linear1.bias, dropout_p, kind)
@@ -159,7 +161,7 @@ class FeedForward(Module):
         factory = {"bias": bias, "device": device, "dtype": dtype}
         self.linear1 = Linear(d_model, dim_feedforward * (2 if activation in GATED else 1), **factory)
         self.linear2 = Linear(dim_feedforward, d_model, **factory)
-        self.dropout = torch.nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model); the same shape."""

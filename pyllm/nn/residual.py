@@ -6,6 +6,7 @@ GPT-J and GPT-NeoX. The bias of a branch's last product is added with the residu
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torch.nn import Module
 from pyllm import ops
 from pyllm.backend import select
 from pyllm.nn.attention import MultiheadAttention
+from pyllm.nn.dropout import DROPOUT, Dropout, dropped
 from pyllm.nn.feedforward import feed_forward
 from pyllm.nn.memory import Source, by_hand, check_plan
 from pyllm.nn.norm import LayerNorm, RMSNorm
@@ -24,6 +26,11 @@ from pyllm.nn.packing import Packing
 from pyllm.nn.plain import is_plain, source_method
 from pyllm.ops.norm import LAYER_NORM, RMS_NORM, default_eps
 
+_ADOPTED = {
+    torch.nn.Dropout: Dropout,
+    torch.nn.LayerNorm: LayerNorm,
+    torch.nn.MultiheadAttention: MultiheadAttention,
+}
 _ROW_NORMS = (LayerNorm, torch.nn.LayerNorm, RMSNorm, torch.nn.RMSNorm)
 
 
@@ -44,11 +51,17 @@ def of_module(module: Module, kind: type[Module], *last: object) -> Callable[...
     """The branch of a module: `module.branch(x, source, *args, *last)`, or a call where something is in the way."""
     if is_plain(module, kind):
         return lambda x, source, *args: module.branch(x, source, *args, *last)
-    return _called(module)
+    return _Called(module)
 
 
-def _called(block: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    return lambda x, source, *args: (block(x, *args), None)
+@dataclass(frozen=True)
+class _Called:
+    """The branch of a callable that is the user's own."""
+
+    block: Callable[..., Tensor]
+
+    def __call__(self, x: Tensor, source: Source | None, *args) -> tuple[Tensor, None]:
+        return self.block(x, *args), None
 
 
 def run_sublayers(
@@ -78,6 +91,8 @@ def run_parallel(x: Tensor, sublayers: Sequence[Sublayer], save: str) -> Tensor:
         if norm is not None:
             y, source = norm(x), norm_source(x, norm, save)
         total = add(*branch(y, source, *args), total, dropout)
+        if isinstance(branch, _Called):  # which may have changed y
+            source = None
     return total
 
 
@@ -131,7 +146,7 @@ def is_row_norm(norm: Module) -> bool:
 def _fusable(branch: Tensor, residual: Tensor, dropout: Module | None) -> bool:
     """Whether the fused kernel does what the modules do, and returns the dtypes that the separate operators do;
     autocast may norm in float32."""
-    if dropout is not None and not is_plain(dropout, torch.nn.Dropout):
+    if dropout is not None and not is_plain(dropout, *DROPOUT):
         return False
     if residual.dtype == torch.float32:
         return branch.dtype != torch.float64
@@ -143,8 +158,7 @@ def _probability(dropout: Module | None) -> float:
 
 
 def _dropped(x: Tensor, bias: Tensor | None, dropout: Module | None) -> Tensor:
-    x = x if bias is None else x + bias.to(x.dtype)
-    return x if dropout is None else dropout(x)
+    return dropped(x if bias is None else x + bias.to(x.dtype), dropout)
 
 
 def _is_torchs(layer: type["ResidualLayer"], block: str) -> bool:
@@ -170,17 +184,17 @@ class ResidualLayer:
             names = ("_sa_block", "_mha_block", "_ff_block")
             cls._blocks = {name: source_method(cls._torch, name) for name in names if hasattr(cls._torch, name)}
 
-    def _adopt(self, save: str | None, *modules: Module) -> None:
+    def _adopt(self, save: str | None) -> None:
         """Makes torch's freshly initialised modules pyllm's, parameters and all."""
         if save is not None:
             self.save = check_plan(save)
-        for module in modules:
-            module.__class__ = LayerNorm if isinstance(module, torch.nn.LayerNorm) else MultiheadAttention
+        for module in self.children():
+            module.__class__ = _ADOPTED.get(type(module), type(module))
 
     def _sublayer(self, name: str, dropout: Module, norm: Module, *args) -> Sublayer:
         if self._is_torchs(f"_{name}_block"):
             return Sublayer(getattr(self, f"_{name}_branch"), args, dropout, norm)
-        return Sublayer(_called(getattr(self, f"_{name}_block")), args, None, norm)
+        return Sublayer(_Called(getattr(self, f"_{name}_block")), args, None, norm)
 
     def _is_torchs(self, block: str) -> bool:
         return block not in self.__dict__ and _is_torchs(type(self), block)

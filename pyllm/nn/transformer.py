@@ -11,6 +11,7 @@ from torch import Tensor
 from pyllm.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from pyllm.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from pyllm.nn.norm import LayerNorm
+from pyllm.nn.plain import is_plain
 from pyllm.nn.tracing import drop_in
 
 
@@ -19,8 +20,8 @@ class Transformer(torch.nn.Transformer):
     """Replaces torch.nn.Transformer: same constructor, initialisation, parameters, masks, numbers.
 
     What differs is what differs in `TransformerEncoder` and `TransformerDecoder`, of which it is made. custom_encoder
-    and custom_decoder are used as they are given. Without a memory_key_padding_mask the decoder attends to padding, so
-    then the encoder computes it.
+    and custom_decoder are used as they are given. The encoder computes padding, since the decoder may attend to it,
+    except where memory_key_padding_mask is the same tensor as src_key_padding_mask.
     """
 
     def __init__(
@@ -73,9 +74,15 @@ class Transformer(torch.nn.Transformer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """src through the encoder, tgt and that through the decoder; masks as in `TransformerDecoderLayer`."""
-        looks_at_padding = memory_key_padding_mask is None and isinstance(self.encoder, TransformerEncoder)
-        traced = torch.compiler.is_compiling()  # where nothing is packed
-        with self.encoder.padded() if looks_at_padding and not traced else nullcontext():
+        unread = False
+        if not torch.compiler.is_compiling():  # where nothing is packed
+            own = isinstance(self.encoder, TransformerEncoder)
+            for module in (self.encoder,) if own else self.encoder.modules():
+                if isinstance(module, TransformerEncoder):
+                    module.padding_is_read = True  # to stay: a checkpoint may call it again from a backward
+            same = memory_key_padding_mask is not None and memory_key_padding_mask is src_key_padding_mask
+            unread = same and is_plain(self.encoder, TransformerEncoder)
+        with self.encoder.unread_padding() if unread else nullcontext():
             return super().forward(
                 src,
                 tgt,

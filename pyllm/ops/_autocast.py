@@ -8,12 +8,14 @@ from torch import Tensor
 
 from pyllm.reference import without_autocast
 
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
 
 def full_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """For operators that torch runs in float32 under CUDA autocast; CPU autocast leaves them as they come."""
     first = tensors[0]
     if isinstance(first, Tensor) and first.is_cuda and torch.is_autocast_enabled("cuda"):
-        return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+        return tuple(t.float() if t is not None and t.dtype in _SIXTEEN_BITS else t for t in tensors)
     return tensors
 
 
@@ -23,8 +25,15 @@ def lower_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    castable = (torch.float32, torch.float16, torch.bfloat16)
+    castable = (torch.float32, *_SIXTEEN_BITS)
     return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)
+
+
+def widened(added: Tensor | None, other: Tensor) -> Tensor | None:
+    """In float32 what is of the 16-bit type that autocast did not cast the other tensor to."""
+    if not isinstance(added, Tensor) or added.dtype == other.dtype or added.dtype not in _SIXTEEN_BITS:
+        return added
+    return added.float() if torch.is_autocast_enabled(other.device.type) else added
 
 
 def in_given_precision(backward: Callable) -> Callable:

@@ -18,7 +18,7 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
-from pyllm.ops._autocast import lower_precision
+from pyllm.ops._autocast import lower_precision, widened
 from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
 from pyllm.ops.relative_bias import RelativeBias
 from pyllm.reference import AttentionCall, statistics_type
@@ -123,6 +123,7 @@ def checked_call(
 ) -> AttentionCall:
     """The arguments of `attention` as its kernels take them, dropout's random bits drawn. options: `options_of`'s."""
     query, key, value = lower_precision(query, key, value)
+    attn_mask = widened(attn_mask, query)
     check_operands(op, query, key, value, "(B, H, Sq, D)", "(B, Hkv, Sk, D)")
     batch, heads, sq, _ = query.shape
     sk = key.shape[2]
