@@ -171,14 +171,15 @@ def test_three_tiles_on_the_cpu(case: Case, dtype: torch.dtype):
 
 @pytest.mark.parametrize("target", WITHOUT_TORCH)
 @pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
 @pytest.mark.parametrize("sk", [40, 600])
 @pytest.mark.parametrize("rows", [7, 1])
-def test_a_large_number_on_every_key_of_a_row(rows: int, sk: int, deterministic: bool, target):
+def test_a_large_number_on_every_key_of_a_row(rows: int, sk: int, dtype: torch.dtype, deterministic: bool, target):
     """Its keys weigh alike, whose share a float32 log-sum-exp of -1e30 does not hold."""
     backend, device = target
     torch.use_deterministic_algorithms(deterministic)
     case = Case("", batch=1, sq=7, sk=sk, mask=(rows, sk), mask_kind="float")
-    inputs = case.inputs(torch.float32, device)
+    inputs = case.inputs(dtype, device)
     with torch.no_grad():
         inputs["attn_mask"][: max(1, rows // 2)] = -1e30
         inputs["attn_mask"][-1, : sk // 2] = -1e30

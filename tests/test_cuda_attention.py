@@ -108,6 +108,23 @@ def test_empty_rows(kernels):
         check(lambda p=p, **x: pyllm.ops.attention(dropout_p=p, return_lse=True, **x), inputs, "cuda_host")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("large", [-1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("dim, rows, options", [(64, 70, DROPOUT), (40, 1, {}), (136, 70, CAUSAL)], ids=str)
+def test_a_large_number_on_every_key_of_a_row(kernels, dim, rows, options, large, dtype):
+    """Its keys weigh alike, whose share a float32 log-sum-exp does not hold."""
+    case = Case("", batch=1, sq=70, sk=150, dim=dim, mask=(rows, 150), mask_kind="float32", options=options)
+    inputs = case.inputs(dtype, "cpu")
+    with torch.no_grad():
+        inputs["attn_mask"][: max(1, rows // 2)] = large
+        inputs["attn_mask"][-1, :100] = large
+        inputs["attn_mask"][-1, -1] = -torch.inf
+    if large < -1e38:  # whose log-sum-exp is not finite in powers of two
+        check(lambda **x: case.call(**x)[0], inputs, "cuda_host")
+    else:
+        check(case.call, inputs, "cuda_host")
+
+
 def test_large_scores_and_negative_scales(kernels):
     inputs = {n: (30 * randn(1, 2, 70, 64, grad=False)).half().requires_grad_() for n in ("query", "key")}
     inputs["value"] = randn(1, 2, 70, 64, dtype=torch.float16)

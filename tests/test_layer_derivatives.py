@@ -207,6 +207,25 @@ def test_a_padded_batch_is_not_packed_under_a_transform():
     assert tangent.all()
 
 
+def test_the_tangent_of_a_causal_mask():
+    """Where there is padding a mask is added, as in torch, and not only known to be causal."""
+    torch.manual_seed(0)
+    ours = pyllm.nn.MultiheadAttention(E, 2, batch_first=True).double()
+    theirs = torch.nn.MultiheadAttention(E, 2, batch_first=True).double()
+    theirs.load_state_dict(ours.state_dict())
+    x, v = torch.randn(2, L, E, dtype=torch.float64), torch.randn(L, L, dtype=torch.float64)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
+    padding = torch.zeros(2, L, dtype=torch.float64).masked_fill(torch.arange(L) > 1, -torch.inf)
+    options = {"key_padding_mask": padding, "is_causal": True, "need_weights": False}
+    found = []
+    for module in (ours, theirs):
+        call = partial(module, x, x, x, **options)
+        with sdpa_kernel(SDPBackend.MATH):
+            found.append(jvp(lambda m, call=call: call(attn_mask=m)[0], (mask,), (v,)))
+    torch.testing.assert_close(*found)
+    assert found[0][1].any()
+
+
 def test_packed_batches():
     """Second derivatives, tangents and batched gradients through unpad, a block on the tokens, and pad."""
     block = EncoderLayer(E, 2, 16, dropout=0.0).double()

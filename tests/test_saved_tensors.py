@@ -335,14 +335,15 @@ def test_a_checkpoint_may_keep_every_result(name):
 # --- what a kernel writes to ---
 
 
-def _decode_into(x):
-    lengths = torch.zeros(1, dtype=torch.int32, device=x.device)
-    new = torch.zeros(1, 2, 1, 4, device=x.device)
-    ops.attention_decode(new, x, x.clone(), lengths, key=new, value=new)
+def _decode_into(key_cache, value_cache):
+    lengths = torch.zeros(1, dtype=torch.int32, device=key_cache.device)
+    new = torch.zeros(1, 2, 1, 4, device=key_cache.device)
+    ops.attention_decode(new, key_cache, value_cache, lengths, key=new, value=new)
 
 
 CHANGES = {
-    "attention_decode": _decode_into,
+    "attention_decode": lambda x: _decode_into(x, x.clone()),
+    "attention_decode, values": lambda x: _decode_into(x.clone(), x),
     "rotary_": lambda x: ops.rotary_(x, *(torch.zeros(3, 2, device=x.device),) * 2),
 }
 
@@ -350,7 +351,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_autograd_sees_what_a_kernel_changes(name, target):
     backend, device = target
-    if backend == "torch" and name == "attention_decode":
+    if backend == "torch" and name.startswith("attention_decode"):
         backend = None
     weight, x = torch.ones(4, device=device, requires_grad=True), torch.ones(1, 2, 3, 4, device=device)
     y = (x * weight).sum()

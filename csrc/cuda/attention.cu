@@ -141,6 +141,7 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
                                                       given.deterministic, call.place.device());
   const int64_t rows = lse.numel(), parts = int64_t{plan.lines} * plan.blocks;
   Tensor statistics = uninitialised(query, {rows, 2}, ScalarType::Float);
+  Tensor rest = uninitialised(query, {args.adds_mask() ? rows + 1 : 0}, ScalarType::Float);
   Tensor dquery_sums = uninitialised(query, {plan.shares, query.numel()}, ScalarType::Float);
   Tensor dbias_sums = uninitialised(query, {given.bias_gradient ? parts : 0, dbias.numel()}, ScalarType::Float);
   const cuda::AttentionBackward tiles{.call = args,
@@ -148,6 +149,8 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
                                       .dkey = heads_of(dkey),
                                       .dvalue = heads_of(dvalue),
                                       .statistics = static_cast<const cuda::RowStatistics*>(statistics.data_ptr()),
+                                      .rest = args.adds_mask() ? zeros(rest, stream) : nullptr,
+                                      .rows = rows,
                                       .dquery = zeros(dquery_sums, stream),
                                       .dquery_share = plan.shares > 1 ? query.numel() : 0,
                                       .dbias = given.bias_gradient ? zeros(dbias_sums, stream) : nullptr,
@@ -163,6 +166,13 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
                               .sq = args.sq,
                               .dim = args.dim},
                              stream);
+    if (args.adds_mask())
+      cuda::attention_rest<T>({.call = args,
+                               .lse = static_cast<const float*>(lse.data_ptr()),
+                               .statistics = static_cast<cuda::RowStatistics*>(statistics.data_ptr()),
+                               .rest = static_cast<float*>(rest.data_ptr()),
+                               .rows = rows},
+                              stream);
     args.is_full() ? cuda::attention_backward<T, D, true>(tiles, stream)
                    : cuda::attention_backward<T, D, false>(tiles, stream);
     cuda::attention_sum<T>({.addends = tiles.dquery,

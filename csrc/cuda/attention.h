@@ -33,6 +33,8 @@ struct Attention {
   const float* slopes;  // (sequences or 1, H)
   int slopes_sequence;
 
+  bool adds_mask() const { return mask.data && mask.data.dtype != DType::boolean; }
+
   // Whether the plain kernels, of band and padding only, cannot serve it: they take the largest product for the largest
   // score.
   bool is_full() const { return mask.data || bias || slopes || softcap != 0 || dropout || !(scale > 0); }
@@ -58,10 +60,25 @@ struct AttentionDelta {
   int heads, sq, dim;
 };
 
+// Beyond it lse has lost too much of the sum to its maximum: a mask adds a large number to every key.
+inline constexpr float kFarFromZero = 1024;
+
+// What rounding took from lse, in powers of two, where a mask adds numbers. Such rows are few, and their statistics get
+// the largest score instead.
+struct AttentionRest {
+  Attention call;
+  const float* lse;           // (B, H, Sq)
+  RowStatistics* statistics;  // (B, H, Sq)
+  float* rest;                // (B, H, Sq), holds zeros, and behind it the same: whether there is such a row
+  int64_t rows;
+};
+
 struct AttentionBackward {
   Attention call;
   Heads dout, dkey, dvalue;
   const RowStatistics* statistics;
+  const float* rest;     // that of AttentionRest, or null
+  int64_t rows;          // in the tensors of the queries
   float* dquery;         // (shares, B, Sq, H, dim), holds zeros
   int64_t dquery_share;  // elements from share to share; 0: there is one
   float* dbias;          // (lines * blocks, H, distances), holds zeros; or null
@@ -123,6 +140,8 @@ template <class T, int D, bool FULL>
 void attention_forward(AttentionForward args, Stream stream);
 template <class T>
 void attention_delta(const AttentionDelta& args, Stream stream);
+template <class T>
+void attention_rest(const AttentionRest& args, Stream stream);
 template <class T, int D, bool FULL>
 void attention_backward(const AttentionBackward& args, Stream stream);
 template <class T>  // or float

@@ -1,9 +1,9 @@
 // What attention's backward does before and after its tiles, row by row: the statistics of the queries, and sums that
 // blocks have left side by side, added up in order. Bound by memory: 4 bytes an element of O and dO, 4 an addend and 2
-// a sum.
+// a sum. Where a mask adds a large number to all keys of a row, its sum is made again, by plain products.
 #pragma once
 
-#include "cuda/attention.h"
+#include "cuda/attention_scores.cuh"
 #include "cuda/common.cuh"
 
 namespace pyllm::cuda {
@@ -38,6 +38,51 @@ __global__ void __launch_bounds__(kDeltaThreads, 1) attention_delta_rows(const _
   store(args.statistics + row, {.lse = empty ? kInfinity : lse * kLog2E, .delta = empty ? 0 : delta});
 }
 
+inline constexpr int kRestThreads = 128;
+
+// A warp for each row, which nearly always ends at once.
+template <class T>
+__global__ void __launch_bounds__(kRestThreads, 1) attention_rest_rows(const __grid_constant__ AttentionRest args) {
+  const Attention& call = args.call;
+  const int64_t row = int64_t{blockIdx.x} * (kRestThreads / kWarp) + warp_id();
+  if (row >= args.rows) return;
+  const float size = fabsf(load(args.lse + row));
+  if (!(size > kFarFromZero && size < kInfinity)) return;
+  const int query = static_cast<int>(row % call.sq), head = static_cast<int>(row / call.sq % call.heads);
+  const Sequence s = sequence_of(call, static_cast<int>(row / call.sq / call.heads));
+  const int key_head = head / (call.heads / call.kv_heads);
+  const Range seen = keys_seen(call, s, query, query);
+  const Scoring<T> scoring(call, s, head);
+  const T* of_query = call.query.at<const T>(s.batch, head, query);
+  float peak = -kInfinity, total = 0;
+  for (int key = seen.begin + lane_id(); key < seen.end; key += kWarp) {
+    if (call.padding != nullptr && load(call.padding + int64_t{s.batch} * call.sk + key)) continue;
+    const T* of_key = call.key.at<const T>(s.batch, key_head, key);
+    float product = 0, derivative;
+    for (int column = 0; column < call.dim; column += 8) {
+      const auto a = load(reinterpret_cast<const Chunk<T, 8>*>(of_query + column));
+      const auto b = load(reinterpret_cast<const Chunk<T, 8>*>(of_key + column));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) product += to_float(a.at[i]) * to_float(b.at[i]);
+    }
+    const float score = scoring(product, query, key, derivative);
+    const float highest = fmaxf(peak, score), shift = finite_peak(highest);
+    total = total * exp2_approx(peak - shift) + exp2_approx(score - shift);
+    peak = highest;
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const float other_peak = shuffle_xor(peak, offset), other_total = shuffle_xor(total, offset);
+    const float highest = fmaxf(peak, other_peak), shift = finite_peak(highest);
+    total = total * exp2_approx(peak - shift) + other_total * exp2_approx(other_peak - shift);
+    peak = highest;
+  }
+  if (lane_id() != 0) return;
+  store(&args.statistics[row].lse, peak);
+  store(args.rest + row, log2_approx(total));
+  store(args.rest + args.rows, 1.0f);
+}
+
 inline constexpr int kSumThreads = 256;
 
 template <class T>
@@ -64,6 +109,13 @@ void attention_delta(const AttentionDelta& args, Stream stream) {
   if (args.rows > 0)
     launch(attention_delta_rows<T>, {.grid = ceil_div(args.rows, kDeltaThreads / kDeltaLanes), .block = kDeltaThreads},
            stream, args);
+}
+
+template <class T>
+void attention_rest(const AttentionRest& args, Stream stream) {
+  if (args.rows > 0)
+    launch(attention_rest_rows<T>, {.grid = ceil_div(args.rows, kRestThreads / kWarp), .block = kRestThreads}, stream,
+           args);
 }
 
 template <class T>

@@ -49,6 +49,8 @@ __device__ inline uint64_t outside(const Range& range, int tile) {
   return end <= 0 ? ~uint64_t{0} : end < 64 ? before | ~uint64_t{0} << end : before;
 }
 
+inline constexpr float kLowestAdded = -2.3e38f;  // which is finite in powers of two
+
 // Scores of one sequence and head with everything that is added to them.
 template <class T>
 class Scoring {
@@ -72,7 +74,7 @@ class Scoring {
     }
     if (call_.mask.data) {
       const float added = mask(i, j);
-      score = added == -kInfinity ? added : score + added;
+      score = added == -kInfinity ? added : score + fmaxf(added, kLowestAdded);
     }
     const int distance = j - i - shift_;
     if (bias_ != nullptr) score += load(bias_ + max(-reach_, min(reach_, distance)));

@@ -59,7 +59,7 @@ RULES = (
     Rule("column_sum", ()),  # a warp reads 32 columns of a row of partial sums, whose width may be odd
     Rule("attention_decode_append", ()),  # a few rows, in pairs of columns that may begin anywhere
     Rule(r"attention_decode\w*"),
-    Rule("attention_delta_rows", ("loads",)),  # writes two numbers a row
+    Rule("attention_(delta|rest)_rows", ("loads",)),  # write two numbers a row
     Rule("attention_sum_addends"),
     Rule(r"attention_\w+", ("products", "copies", "matrices"), spills_above=128),
     Rule(r"\w+"),
