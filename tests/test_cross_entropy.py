@@ -243,6 +243,7 @@ def test_second_derivatives_say_where_a_z_loss_has_lost_them(target):
     index = torch.tensor([0, 1, 2], device=device)
     logits = logits - logits.logsumexp(-1, keepdim=True)
     logits[0] -= 1.0
+    logits[2] -= 3.0  # there it is -2, which tells as much as 2
 
     def function(logits):
         return ops.cross_entropy(logits, index, z_loss=0.5, reduction="sum")
