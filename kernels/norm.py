@@ -65,8 +65,12 @@ def _merge(mean, m2, z, m_tile, first, N, BLOCK_N: tl.constexpr, RMS: tl.constex
         share = count / (count + first)
         chunk_mean = tl.sum(z, 1) / count
         centred = tl.where(m_tile, z - chunk_mean[:, None], 0.0)
+        # What rounding left in the mean is all that there is of the deviations of a constant row.
+        left = tl.sum(centred, 1) / count
+        chunk_mean += left
         delta = chunk_mean - mean
-        m2 += tl.sum(centred * centred, 1) + delta * delta * (share * first)
+        squares = tl.sum(centred * centred, 1) - left * left * count
+        m2 += tl.where(squares < 0, 0.0, squares) + delta * delta * (share * first)
         mean += delta * share
     return mean, m2
 

@@ -17,7 +17,7 @@ from pyllm.nn.plain import is_written
 _NAMES = [name for name in nn.__all__ if isinstance(getattr(torch.nn, name, None), type)]  # those that torch has too
 _REPLACEMENTS = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
 _ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()} | {Dropout: torch.nn.Dropout}
-_LAYERS = (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)  # whose dropouts are replaced, too
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # whose dropouts are replaced, too
 _MARK = "_pyllm_patched"  # in the module's __dict__, so that copies of a patched model can be unpatched
 _PACKS = "batches with padding run as their tokens alone, and padded positions are 0 (pack=False: torch.nn's values)"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -60,20 +60,23 @@ def patch(model: Module, *, pack: bool = True) -> Report:
         kind = type(module)
         if _MARK in module.__dict__ and kind is nn.TransformerEncoder:
             module.pack = pack
-        if kind in _ORIGINALS or not isinstance(module, tuple(_REPLACEMENTS)):
-            continue
-        why = _unfit(module)
-        if why is not None:
-            report.left[name] = why
-            continue
-        _replace(report, name, module, _REPLACEMENTS[kind])
-        for part, child in module.named_children() if issubclass(kind, _LAYERS) else ():
-            if type(child) is torch.nn.Dropout and _unfit(child) is None:
-                _replace(report, f"{name}.{part}" if name else part, child, Dropout)
-        if kind is torch.nn.TransformerEncoder:
-            module.pack = pack
-            if pack and module.enable_nested_tensor:
-                report.differs[name] = _PACKS
+        if kind not in _ORIGINALS and isinstance(module, tuple(_REPLACEMENTS)):
+            why = _unfit(module)
+            if why is not None:
+                report.left[name] = why
+                continue
+            _replace(report, name, module, _REPLACEMENTS[kind])
+            if kind is torch.nn.TransformerEncoder:
+                module.pack = pack
+                if pack and module.enable_nested_tensor:
+                    report.differs[name] = _PACKS
+        if type(module) in _LAYERS:  # by now, or before
+            for part, child in module.named_children():
+                if part.startswith("dropout") and type(child) is torch.nn.Dropout and _unfit(child) is None:
+                    _replace(report, f"{name}.{part}" if name else part, child, Dropout)
+    for module in model.modules():
+        if type(module) is nn.Transformer:
+            module.encoder_feeds_decoder()
     return report
 
 

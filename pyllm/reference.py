@@ -99,6 +99,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al., 2016)."""
     wide = _wide(x)
     centred = wide - wide.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)  # what rounding left in the mean, of a constant row all there is
     return _affine(centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps), weight, bias).to(x.dtype)
 
 

@@ -83,6 +83,7 @@ class AttentionKernels:
         dquery, dkey, dvalue = (nan_like(x) for x in call[:3])
         if dout.stride(-1) != 1 or any(n % 8 for n in strides_of(dout)):
             dout = dout.contiguous()
+        dout = dout.clone()  # which may be written to
         dlse = contiguous(dlse)
         rows = query.shape[:3].numel()
         slots = (
@@ -94,8 +95,7 @@ class AttentionKernels:
         shares, parts = 8 if deterministic else 1, query.shape[0] * slots
         dmask = empty(mask.shape, mask.dtype) if mask_gradient else None
         dbias = empty(bias.shape, bias.dtype) if bias_gradient else None
-        rest = None if mask is None or mask.dtype == torch.bool else torch.zeros(rows + 1)
-        sums = (empty((rows, 2), torch.float32), rest, torch.zeros(shares, rows, query.shape[3]))
+        sums = (empty((rows, 2), torch.float32), torch.zeros(shares, rows, query.shape[3]))
         dbias_sums = torch.zeros(parts, *bias.shape) if bias_gradient else None
         columns, *broadcast = (dmask.shape[i] if mask_gradient else 1 for i in (3, 0, 1, 2))
         numbers = [

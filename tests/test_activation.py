@@ -124,6 +124,20 @@ def test_far_from_zero(target, kind):
         assert gate.grad[0, :3].abs().max() < 1e-30 and gate.grad[0, 5:8].eq(1.0).all()
 
 
+def test_the_tail_of_silu_in_float64(target):
+    """It goes on to -709, where exp(-x) ends, and a large factor shows it."""
+    backend, device = target
+    x = torch.tensor([[-88.5, -100.0, -500.0, -700.0]], dtype=torch.float64, device=device).requires_grad_()
+    up = torch.full_like(x, 1e200).requires_grad_()
+    with use_backend(backend):
+        found = (ops.silu(x), ops.swiglu(x, up))
+    expected = (torch.nn.functional.silu(x), torch.nn.functional.silu(x) * up)
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=0)
+        (da,), (de,) = (torch.autograd.grad(y.sum(), x, retain_graph=True) for y in (a, e))
+        torch.testing.assert_close(da, de, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("target", WITHOUT_TORCH)
 def test_dropout_is_the_reference_mask(target):
     backend, device = target

@@ -187,6 +187,17 @@ def test_a_large_number_on_every_key_of_a_row(rows: int, sk: int, dtype: torch.d
     check(case.call, inputs, backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=_name)
+@pytest.mark.parametrize("rows, cols", [(512, 512), (1, 512), (512, 1)])
+def test_a_large_number_where_a_mask_is_cut_into_tiles(rows: int, cols: int, dtype: torch.dtype):
+    """Its gradient is summed by tiles of its columns, across which the keys of a window lie."""
+    case = Case("", batch=1, sq=512, sk=512, dim=8, mask=(rows, cols), mask_kind="float", options={"window": (50, 50)})
+    inputs = case.inputs(dtype, "cpu")
+    with torch.no_grad():
+        inputs["attn_mask"].fill_(-1e30)
+    check(case.call, inputs, "native")
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_parts_of_the_queries_of_one_head(threads):
     """There are as many on the CPU as threads want them; each sums gradients of keys and values by itself."""
@@ -350,6 +361,7 @@ def _ones(*shape: int, dtype=torch.float32) -> Tensor:
 
 
 BAD = [
+    ({"window": 3}, ValueError, "window must be"),
     ({"query": [1.0]}, TypeError, "query must be a Tensor"),
     ({"query": _ones(2, 4, 5, 8, dtype=torch.int64)}, TypeError, "query must be float32"),
     ({"query": _ones(4, 5, 8)}, ValueError, "query must have 4 dimensions"),

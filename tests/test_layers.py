@@ -474,6 +474,40 @@ def test_errors_are_torchs(call):
         call(pyllm.nn)
 
 
+@pytest.mark.parametrize("first", [torch.bool, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("second", [torch.bool, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+def test_masks_of_two_dtypes(dtype, second, first):
+    """What torch adds is added in the dtype that comes out there."""
+    ours, theirs = pair("MultiheadAttention", E, H, batch_first=True, dtype=dtype)
+    x = torch.randn(2, 5, E, dtype=dtype)
+    masks = {"attn_mask": torch.rand(5, 5) > 0.8, "key_padding_mask": torch.arange(5) >= torch.tensor([[5], [3]])}
+    for name, kind in zip(masks, (first, second), strict=True):
+        if kind != torch.bool:
+            masks[name] = torch.zeros(masks[name].shape, dtype=kind).masked_fill(masks[name], -2.0)
+    try:
+        expected = theirs(x, x, x, **masks, need_weights=False)[0]
+    except RuntimeError as error:
+        assert "dtype" in str(error)
+        return
+    torch.testing.assert_close(ours(x, x, x, **masks, need_weights=False)[0], expected, rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_of_a_distributed_tensor():
+    """Whose rules are of PyTorch's operators."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        layer = pyllm.nn.TransformerEncoderLayer(E, H, 40, 0.5)
+        x = torch.distributed.tensor.distribute_tensor(torch.ones(3, E), mesh)
+        dropped = layer.dropout1(x).full_tensor()
+        assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_nested_tensors_are_refused():
     x = torch.nested.nested_tensor([torch.randn(2, E), torch.randn(3, E)])
     with pytest.raises(AssertionError, match="NestedTensor"):

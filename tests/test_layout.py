@@ -9,6 +9,7 @@ from conftest import COMPARED
 
 import pyllm
 from pyllm.backend import CannotRun, use_backend
+from pyllm.nn.memory import Source, linear
 from pyllm.operator_cases import CASES
 
 OURS = pyllm.nn.functional
@@ -121,3 +122,31 @@ def test_results_can_be_changed_in_place(case, target):
     for a, e in zip(actual, expected, strict=True):
         if e is not None:
             torch.testing.assert_close(a, e)
+
+
+LAYERS = {
+    "MultiheadAttention": lambda x: pyllm.nn.MultiheadAttention(16, 2, batch_first=True)(x, x, x)[0],
+    "MultiheadAttention, sequence first": lambda x: pyllm.nn.MultiheadAttention(16, 2)(x, x, x)[0],
+    "TransformerEncoderLayer": lambda x: pyllm.nn.TransformerEncoderLayer(16, 2, 32)(x),
+    "TransformerDecoderLayer": lambda x: pyllm.nn.TransformerDecoderLayer(16, 2, 32, norm_first=True)(x, x),
+    "TransformerEncoder, packed": lambda x: pyllm.nn.TransformerEncoder(
+        pyllm.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1
+    )(x, src_key_padding_mask=torch.arange(5) >= torch.tensor([[2], [3]])),
+    "EncoderLayer": lambda x: pyllm.nn.EncoderLayer(16, 2, 32)(x),
+    "SelfAttention": lambda x: pyllm.nn.EncoderLayer(16, 2, 32).self_attn(x),
+    "SelfAttention, no bias": lambda x: pyllm.nn.EncoderLayer(16, 2, 32, out_bias=False).self_attn(x),
+    "FeedForward": lambda x: pyllm.nn.EncoderLayer(16, 2, 32).ffn(x),
+    "FeedForward, no bias": lambda x: pyllm.nn.EncoderLayer(16, 2, 32, ffn_bias=False).ffn(x),
+    "LayerNorm": lambda x: pyllm.nn.LayerNorm(16)(x),
+    "linear": lambda x: linear(x, torch.ones(8, 16, requires_grad=True), torch.ones(8, requires_grad=True)),
+    "linear, no bias": lambda x: linear(x, torch.ones(8, 16, requires_grad=True), None, Source(torch.clone, (x,))),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_results_of_layers_can_be_changed_in_place(name):
+    x, found = torch.randn(2, 5, 16, requires_grad=True), []
+    for double in (lambda out: out * 2, lambda out: out.mul_(2)):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(double(LAYERS[name](x)).sin().sum(), x)[0])
+    torch.testing.assert_close(*found)

@@ -428,6 +428,7 @@ DROPPING = {
     ),
     "TransformerEncoderLayer, patched": lambda: _patched(nn.TransformerEncoderLayer(E, H, 40, 0.3, batch_first=True)),
     "TransformerEncoderLayer, own dropout": lambda: _with_own_dropout(),
+    "TransformerEncoderLayer, in place": lambda: _in_place(),
     "EncoderLayer": lambda: EncoderLayer(E, H, 40, dropout=0.3, activation="swiglu", norm_first=True),
     "DecoderLayer": lambda: DecoderLayer(E, H, 40, dropout=0.3),
 }
@@ -436,6 +437,12 @@ DROPPING = {
 def _with_own_dropout():
     layer = DROPPING["TransformerEncoderLayer"]()
     layer.dropout, layer.dropout1 = nn.Dropout(0.4), nn.Dropout(0.2)
+    return layer
+
+
+def _in_place():
+    layer = DROPPING["TransformerEncoderLayer"]()
+    layer.dropout1.inplace = layer.dropout2.inplace = True
     return layer
 
 

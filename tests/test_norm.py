@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import COMPARED, TARGETS, WITHOUT_TORCH
 
 import pyllm
@@ -206,3 +207,46 @@ def test_bad_input(name, call, error, message):
 def test_unknown_backend():
     with pytest.raises(ValueError, match="unknown backend 'cudnn'"):
         pyllm.use_backend("cudnn")
+
+
+@pytest.mark.parametrize("width", [7, 768, 20_000])
+def test_a_constant_row_is_0(target, width):
+    """Although its mean is rounded; and a constant that is large beside what varies takes nothing from it."""
+    backend, device = target
+    rows = torch.tensor([1.1, 33.3, 100000.1, -1e-3], device=device)[:, None].expand(4, width).contiguous()
+    with use_backend(backend):
+        out = ops.layer_norm(rows)
+        z = ops.add_layer_norm(rows, torch.zeros_like(rows))[0]
+    torch.testing.assert_close(out, F.layer_norm(rows, (width,)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(z, out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "dropout_add", "gelu", "add_layer_norm"])
+def test_sums_over_many_rows(op):
+    """Whose error does not grow with them, where all addends have one sign."""
+    rows, width = 40_000, 16
+    x, dy = torch.randn(rows, width), torch.rand(rows, width)
+    inputs = {"weight": torch.ones(width, requires_grad=True), "bias": torch.zeros(width, requires_grad=True)}
+
+    def gradients(dtype):
+        weight, bias = (t.detach().to(dtype).requires_grad_() for t in inputs.values())
+        wide, call = (
+            x.to(dtype),
+            {
+                "layer_norm": lambda z: ops.layer_norm(z, weight, bias),
+                "rms_norm": lambda z: ops.rms_norm(z, weight, 1e-6) + bias,
+                "dropout_add": lambda z: ops.dropout_add(z, z * weight, bias),
+                "gelu": lambda z: ops.gelu(z * weight, bias),
+                "add_layer_norm": lambda z: ops.add_layer_norm(z, z * weight, x_bias=bias)[1],
+            }[op],
+        )
+        return torch.autograd.grad(call(wide), (weight, bias), dy.to(dtype))
+
+    with use_backend("native"):
+        actual = gradients(torch.float32)
+    with use_backend("reference"):
+        truth = gradients(torch.float64)
+    own = {"layer_norm": (0, 1), "rms_norm": (0,)}.get(op, (1,))  # of the operator's; the others are PyTorch's sums
+    for which in own:
+        a, e = actual[which], truth[which]
+        assert (a - e).abs().max() <= 4e-7 * e.abs().max()

@@ -341,6 +341,18 @@ def test_a_decoder_reads_what_torchs_reads(patched, wrap, memory):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_encoding_and_decoding_one_after_the_other(patched):
+    """The encoder of a Transformer knows that its padding may be read before the whole was ever called."""
+    ours, theirs = pair("Transformer", **SMALL, dropout=0.0, batch_first=True)
+    model = deepcopy(theirs) if patched else ours
+    if patched:
+        pyllm.patch(model)
+    padding, src, tgt = PADDING[[0, 1, 3]], torch.randn(3, S, E), torch.randn(3, 5, E)
+    found = [each.decoder(tgt, each.encoder(src, src_key_padding_mask=padding)) for each in (model, theirs)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("nested", [True, False], ids=["packs", "padded"])
 def test_a_learned_mask_has_its_gradient_also_while_it_is_causal(nested):
     """Where there is padding, as in torch, which drops a causal mask only where there is none."""
@@ -352,6 +364,12 @@ def test_a_learned_mask_has_its_gradient_also_while_it_is_causal(nested):
         found.append(torch.autograd.grad(out.sin().sum(), mask)[0])
     assert found[1].any()
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_integers_is_refused_as_torch_refuses_it():
+    stack, _ = stacks()
+    with pytest.raises(AssertionError, match="only bool and floating types of mask are supported"):
+        stack(torch.randn(B, S, E), CAUSAL.to(torch.uint8))
 
 
 @pytest.mark.parametrize("mask", [None, CAUSAL[:5, :5]], ids=["none", "other length"])

@@ -79,6 +79,23 @@ def test_dropouts_of_layers_alone_are_replaced():
     assert classes(model) == before
 
 
+def test_patching_again_replaces_a_new_dropout():
+    layer = nn.TransformerEncoderLayer(E, H, 40, batch_first=True)
+    pyllm.patch(layer)
+    layer.dropout1 = nn.Dropout(0.2)
+    assert pyllm.patch(layer).replaced == {"dropout1": "Dropout"}
+    assert not pyllm.patch(layer).replaced
+    assert len(pyllm.unpatch(layer).replaced) == 7 and type(layer.dropout1) is nn.Dropout
+
+
+def test_an_activation_of_the_users_stays_what_it_is():
+    activation = nn.Dropout(0.1)
+    layer = pyllm.nn.TransformerEncoderLayer(E, H, 40, activation=activation, batch_first=True)
+    assert layer.activation is activation and type(activation) is nn.Dropout
+    pyllm.patch(nn.Sequential(layer))
+    assert type(activation) is nn.Dropout
+
+
 class OwnEncoder(nn.TransformerEncoder):
     pass
 

@@ -229,9 +229,9 @@ NATIVE = [
 
 ROWS, SPLIT = "test_cuda_rows.py -k", "test_cuda_decode.py -k"
 CUDA = [
-    ("csrc/cuda/attention_rows.cuh", "store(args.rest + row, log2_approx(total));", "store(args.rest + row, total);", "test_cuda_attention.py -k large_number"),
+    ("csrc/cuda/attention_rows.cuh", ".delta = delta * share}", ".delta = delta}", "test_cuda_attention.py -k large_number"),
     ("csrc/cuda/attention_rows.cuh", "other_total * exp2_approx(other_peak - shift)", "other_total", "test_cuda_attention.py -k large_number"),
-    ("csrc/cuda/attention_gradients.cuh", "if (query + 8 * n + i < s.sq) tile.weights", "if (query + 8 * n < s.sq) tile.weights", "test_cuda_attention.py -k large_number"),
+    ("csrc/cuda/attention_rows.cuh", "to_float(chunk.at[i]) * share", "to_float(chunk.at[i])", "test_cuda_attention.py -k large_number"),
     ("csrc/cuda/attention_scores.cuh", "fmaxf(added, kLowestAdded)", "added", "test_cuda_attention.py -k large_number"),
     ("csrc/cuda/decode_plan.h", "first = left < 0 ? 0 : total - queries - left;", "first = left < 0 ? 0 : total - queries - left + 1;", f"{SPLIT} begin_and_end"),
     ("csrc/cuda/decode_plan.h", "(units + shares - 1) / shares * unit", "units / shares * unit", f"{SPLIT} work_split"),

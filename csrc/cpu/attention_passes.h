@@ -191,8 +191,9 @@ void refine(const Products& products, const Attention& call, const Block& block,
   }
 }
 
+// whole: whether each query's keys come in one tile, which needs no lse.
 template <class Products, class C>
-void load_block(const AttentionBackward& args, const Block& block, Products& products, Rows<C>& rows) {
+void load_block(const AttentionBackward& args, const Block& block, bool whole, Products& products, Rows<C>& rows) {
   products.load_rows(args, block, rows.delta);
   const int64_t index = statistics_index(args.call, block);
   for (int row = 0; row < kQueryBlock; ++row) {
@@ -203,7 +204,7 @@ void load_block(const AttentionBackward& args, const Block& block, Products& pro
     rows.dlse[row] = empty || args.dlse == nullptr ? 0 : static_cast<const C*>(args.dlse)[index + row];
     if (empty) rows.delta[row] = 0;
   }
-  if (block.end - block.begin > kKeyBlock) refine(products, args.call, block, rows);
+  if (!whole) refine(products, args.call, block, rows);
 }
 
 // The tile's P (with dropout, but not its scale) and dS, transposed, and what `make_scores` makes and returns.
@@ -313,7 +314,7 @@ void backward(const AttentionBackward& args, int64_t task) {
   Products products(call);
   for (int64_t item = part; item < group * blocks; item += args.parts) {
     const Block block = make_block(call, sequence, key_head * group + item / blocks, item % blocks);
-    load_block(args, block, products, rows);
+    load_block(args, block, block.end - block.begin <= kKeyBlock, products, rows);
     std::memset(dquery, 0, width * kQueryBlock * sizeof(C));
     for (int64_t key = block.begin; key < block.end; key += kKeyBlock) {
       const int keys = block.end - key < kKeyBlock ? static_cast<int>(block.end - key) : kKeyBlock;
@@ -379,7 +380,8 @@ void mask_gradient(const MaskGradient& args, int64_t task) {
         const Block block = make_block(call, sequence, h, index);
         const int64_t begin = block.begin > column_begin ? block.begin : column_begin;
         const int64_t end = block.end < column_end ? block.end : column_end;
-        if (begin < end) load_block(args.backward, block, products, rows);
+        const bool whole = begin == block.begin && end == block.end && end - begin <= kKeyBlock;
+        if (begin < end) load_block(args.backward, block, whole, products, rows);
         for (int64_t key = begin; key < end; key += kKeyBlock) {
           // Where the columns are not broadcast, a key's row of `sums` is its place in the tile.
           const int keys = end - key < kKeyBlock ? static_cast<int>(end - key) : kKeyBlock;

@@ -61,10 +61,16 @@ void forward(const NormForward& args, int64_t begin, int64_t end) {
     C mean = 0;
     if (!args.rms) {
       mean = total.value[0] / static_cast<C>(n);
-      total = accumulate<C, 1>(n, [&](int64_t i, int count, Vec<C>* terms) {
-        const Vec<C> d = load(values + i, count) - mean;
-        terms[0] += first<C>(d * d, count);
+      const Totals<C, 2> around = accumulate<C, 2>(n, [&](int64_t i, int count, Vec<C>* terms) {
+        const Vec<C> d = first<C>(load(values + i, count) - mean, count);
+        terms[0] += d * d;
+        terms[1] += d;
       });
+      // What rounding left in the mean is all that there is of the deviations of a constant row.
+      const C left = around.value[1] / static_cast<C>(n);
+      total.value[0] = around.value[0] - around.value[1] * left;
+      if (total.value[0] < 0) total.value[0] = 0;
+      mean += left;
       static_cast<C*>(args.mean)[row] = mean;
     }
     const C rstd = 1 / std::sqrt(total.value[0] / static_cast<C>(n) + static_cast<C>(args.eps));
@@ -173,15 +179,15 @@ template <class X, class Z>
 void backward(const NormBackward& args, int64_t chunk) {
   using C = Compute<Z>;
   constexpr int kRows = 4;             // taken at once
-  constexpr int64_t kRowsPerSum = 16;  // sums over few rows first, then over those: the error grows with neither
+  constexpr int64_t kRowsPerSum = 16;  // over few rows first, then over those, see ColumnSums
   const int64_t n = args.width;
   const C* weight = parameter<C, 0>(args.weight, n);
   C* totals = static_cast<C*>(args.partials) + chunk * kColumnSums * n;
   C* sums[kColumnSums] = {};
   for (int which = 0; which < kColumnSums; ++which) {
     if (!args.gradients.at[which]) continue;
-    sums[which] = scratch<C, 1>(kColumnSums * n) + which * n;
-    std::memset(sums[which], 0, n * sizeof(C));
+    sums[which] = scratch<C, 1>(2 * kColumnSums * n) + 2 * which * n;  // and behind them what add_recent wants
+    std::memset(sums[which], 0, 2 * n * sizeof(C));
     std::memset(totals + which * n, 0, n * sizeof(C));
   }
   const int64_t begin = chunk * args.rows_per_chunk;
@@ -192,12 +198,7 @@ void backward(const NormBackward& args, int64_t chunk) {
     row += several ? kRows : 1;
     if ((row - begin) % kRowsPerSum != 0 && row != end) continue;
     for (int which = 0; which < kColumnSums; ++which) {
-      C* const from = sums[which];
-      if (from == nullptr) continue;
-      for_vectors<C>(n, [&](int64_t i, int count) {
-        add<C>(totals + which * n, i, count, load(from + i, count));
-        store(from + i, Vec<C>{}, count);
-      });
+      if (sums[which] != nullptr) add_recent(totals + which * n, sums[which] + n, sums[which], n);
     }
   }
   end_streams();

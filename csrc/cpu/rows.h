@@ -40,28 +40,36 @@ template <class C, class Body>
   }
 }
 
+// Adds recent (n,) to total and clears it; what rounding takes from total is kept in lost (Kahan, 1965).
+template <class C>
+inline void add_recent(C* total, C* lost, C* recent, int64_t n) {
+  for_vectors<C>(n, [&](int64_t i, int count) {
+    const Vec<C> before = load(total + i, count), term = load(recent + i, count) - load(lost + i, count);
+    const Vec<C> after = before + term;
+    store(total + i, after, count);
+    store(lost + i, after - after == 0 ? (after - before) - term : Vec<C>{}, count);  // nothing of what is not finite
+    store(recent + i, Vec<C>{}, count);
+  });
+}
+
 // Sums over the rows of a chunk, column by column: over few rows first, then over those, so that the error grows with
 // neither. n = 0: none are wanted. A row adds to `recent`.
 template <class C>
 struct ColumnSums {
   static constexpr int64_t kRows = 16;
-  C *total, *recent;
+  C *total, *recent, *lost;
   int64_t n;
 
-  ColumnSums(C* total, int64_t n) : total(total), recent(scratch<C, 1>(n)), n(n) {
+  ColumnSums(C* total, int64_t n) : total(total), recent(scratch<C, 1>(2 * n)), lost(recent + n), n(n) {
     if (n == 0) return;
     std::memset(total, 0, n * sizeof(C));
-    std::memset(recent, 0, n * sizeof(C));
+    std::memset(recent, 0, 2 * n * sizeof(C));
   }
 
   void add(int64_t i, Vec<C> v, int count) const { store(recent + i, load(recent + i, count) + v, count); }
 
   void end_row(int64_t row, bool last) const {
-    if (row % kRows != kRows - 1 && !last) return;
-    for_vectors<C>(n, [&](int64_t i, int count) {
-      store(total + i, load(total + i, count) + load(recent + i, count), count);
-      store(recent + i, Vec<C>{}, count);
-    });
+    if (row % kRows == kRows - 1 || last) add_recent(total, lost, recent, n);
   }
 };
 

@@ -335,7 +335,7 @@ inline Vec<double> tanh(Vec<double> x) {
 
 // --- the logistic and the normal distribution ---
 
-// s = 1 / (1 + exp(-x)), 0 below -88, and its derivative s (1 - s), which keeps its digits where s is near 1.
+// s = 1 / (1 + exp(-x)), 0 where exp(-x) ends, and its derivative s (1 - s), which keeps its digits where s is near 1.
 template <class C>
 struct Sigmoid {
   Vec<C> value, slope;
@@ -343,10 +343,11 @@ struct Sigmoid {
 
 template <class C>
 inline Sigmoid<C> sigmoid(Vec<C> x) {
-  const auto none = x < -88;
-  const Vec<C> power = exp(none ? splat(C{88}) : -x);
+  constexpr C kEnd = sizeof(C) == 8 ? 709 : 88;
+  const auto none = x < -kEnd;
+  const Vec<C> power = exp(none ? splat(kEnd) : -x);
   const Vec<C> value = none ? Vec<C>{} : 1 / (1 + power);
-  return {value, value * value * power};
+  return {value, value * (value * power)};
 }
 
 template <class C>

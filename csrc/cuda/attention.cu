@@ -129,10 +129,13 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
   const Call call(given.call);
   const Tensor &query = given.call.query, &key = given.call.key;
   const OptionalTensor &mask = given.call.mask, &bias = given.call.distance_bias;
-  const Tensor dout = aligned_copy(given.dout), out = aligned_copy(given.out), lse = as_contiguous(given.lse);
+  const Tensor out = aligned_copy(given.out), lse = as_contiguous(given.lse);
   const OptionalTensor dlse = as_contiguous(given.dlse);
   const cudaStream_t stream = call.place.stream();
   const cuda::Attention& args = call.args;
+  // Of its own where attention_far_rows may write to it.
+  const Tensor dout =
+      args.adds_mask() ? torch::stable::contiguous(torch::stable::clone(given.dout)) : aligned_copy(given.dout);
   Tensor dquery = new_like(query), dkey = new_like(key), dvalue = new_like(given.call.value);
   Tensor dmask = given.mask_gradient ? uninitialised(*mask, mask->sizes()) : uninitialised(query, {0});
   Tensor dbias = given.bias_gradient ? uninitialised(*bias, bias->sizes()) : uninitialised(query, {0});
@@ -141,7 +144,6 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
                                                       given.deterministic, call.place.device());
   const int64_t rows = lse.numel(), parts = int64_t{plan.lines} * plan.blocks;
   Tensor statistics = uninitialised(query, {rows, 2}, ScalarType::Float);
-  Tensor rest = uninitialised(query, {args.adds_mask() ? rows + 1 : 0}, ScalarType::Float);
   Tensor dquery_sums = uninitialised(query, {plan.shares, query.numel()}, ScalarType::Float);
   Tensor dbias_sums = uninitialised(query, {given.bias_gradient ? parts : 0, dbias.numel()}, ScalarType::Float);
   const cuda::AttentionBackward tiles{.call = args,
@@ -149,8 +151,6 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
                                       .dkey = heads_of(dkey),
                                       .dvalue = heads_of(dvalue),
                                       .statistics = static_cast<const cuda::RowStatistics*>(statistics.data_ptr()),
-                                      .rest = args.adds_mask() ? zeros(rest, stream) : nullptr,
-                                      .rows = rows,
                                       .dquery = zeros(dquery_sums, stream),
                                       .dquery_share = plan.shares > 1 ? query.numel() : 0,
                                       .dbias = given.bias_gradient ? zeros(dbias_sums, stream) : nullptr,
@@ -167,12 +167,12 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
                               .dim = args.dim},
                              stream);
     if (args.adds_mask())
-      cuda::attention_rest<T>({.call = args,
-                               .lse = static_cast<const float*>(lse.data_ptr()),
-                               .statistics = static_cast<cuda::RowStatistics*>(statistics.data_ptr()),
-                               .rest = static_cast<float*>(rest.data_ptr()),
-                               .rows = rows},
-                              stream);
+      cuda::attention_far_rows<T>({.call = args,
+                                   .lse = static_cast<const float*>(lse.data_ptr()),
+                                   .statistics = static_cast<cuda::RowStatistics*>(statistics.data_ptr()),
+                                   .dout = tiles.dout,
+                                   .rows = rows},
+                                  stream);
     args.is_full() ? cuda::attention_backward<T, D, true>(tiles, stream)
                    : cuda::attention_backward<T, D, false>(tiles, stream);
     cuda::attention_sum<T>({.addends = tiles.dquery,

@@ -63,13 +63,13 @@ struct AttentionDelta {
 // Beyond it lse has lost too much of the sum to its maximum: a mask adds a large number to every key.
 inline constexpr float kFarFromZero = 1024;
 
-// What rounding took from lse, in powers of two, where a mask adds numbers. Such rows are few, and their statistics get
-// the largest score instead.
-struct AttentionRest {
+// Rows whose lse is that far, where a mask adds numbers. Their statistics get the largest score in place of lse, and
+// what that leaves of their weights is divided out of dout and delta.
+struct AttentionFarRows {
   Attention call;
   const float* lse;           // (B, H, Sq)
   RowStatistics* statistics;  // (B, H, Sq)
-  float* rest;                // (B, H, Sq), holds zeros, and behind it the same: whether there is such a row
+  Heads dout;
   int64_t rows;
 };
 
@@ -77,8 +77,6 @@ struct AttentionBackward {
   Attention call;
   Heads dout, dkey, dvalue;
   const RowStatistics* statistics;
-  const float* rest;     // that of AttentionRest, or null
-  int64_t rows;          // in the tensors of the queries
   float* dquery;         // (shares, B, Sq, H, dim), holds zeros
   int64_t dquery_share;  // elements from share to share; 0: there is one
   float* dbias;          // (lines * blocks, H, distances), holds zeros; or null
@@ -141,7 +139,7 @@ void attention_forward(AttentionForward args, Stream stream);
 template <class T>
 void attention_delta(const AttentionDelta& args, Stream stream);
 template <class T>
-void attention_rest(const AttentionRest& args, Stream stream);
+void attention_far_rows(const AttentionFarRows& args, Stream stream);
 template <class T, int D, bool FULL>
 void attention_backward(const AttentionBackward& args, Stream stream);
 template <class T>  // or float

@@ -172,14 +172,6 @@ __device__ inline void score_gradients(const AttentionBackward& args, const KeyB
     weight = exp2_approx(fmaf(score, factor, -row.lse));
     if constexpr (FULL) tile.derivatives[n][2 * half + i] = derivative;
   });
-  if constexpr (FULL) {
-    if (args.rest != nullptr && load(args.rest + args.rows) != 0) {
-      const float* rest = args.rest + row_index(call, s, head, query);
-      for_scores<N>(memory, buffer, [&](int n, int half, int i, const RowStatistics&) {
-        if (query + 8 * n + i < s.sq) tile.weights[0][n][2 * half + i] *= exp2_approx(-load(rest + 8 * n + i));
-      });
-    }
-  }
   KeptWeights<N> kept;
   float kept_factor = 1;
   if (FULL && keys.dropout) {

@@ -1,6 +1,6 @@
 // What attention's backward does before and after its tiles, row by row: the statistics of the queries, and sums that
 // blocks have left side by side, added up in order. Bound by memory: 4 bytes an element of O and dO, 4 an addend and 2
-// a sum. Where a mask adds a large number to all keys of a row, its sum is made again, by plain products.
+// a sum. Where a mask adds a large number to all keys of a row, its scores are made again, by plain products.
 #pragma once
 
 #include "cuda/attention_scores.cuh"
@@ -38,13 +38,14 @@ __global__ void __launch_bounds__(kDeltaThreads, 1) attention_delta_rows(const _
   store(args.statistics + row, {.lse = empty ? kInfinity : lse * kLog2E, .delta = empty ? 0 : delta});
 }
 
-inline constexpr int kRestThreads = 128;
+inline constexpr int kFarRowsThreads = 128;
 
 // A warp for each row, which nearly always ends at once.
 template <class T>
-__global__ void __launch_bounds__(kRestThreads, 1) attention_rest_rows(const __grid_constant__ AttentionRest args) {
+__global__ void __launch_bounds__(kFarRowsThreads, 1)
+    attention_divide_far_rows(const __grid_constant__ AttentionFarRows args) {
   const Attention& call = args.call;
-  const int64_t row = int64_t{blockIdx.x} * (kRestThreads / kWarp) + warp_id();
+  const int64_t row = int64_t{blockIdx.x} * (kFarRowsThreads / kWarp) + warp_id();
   if (row >= args.rows) return;
   const float size = fabsf(load(args.lse + row));
   if (!(size > kFarFromZero && size < kInfinity)) return;
@@ -77,10 +78,18 @@ __global__ void __launch_bounds__(kRestThreads, 1) attention_rest_rows(const __g
     total = total * exp2_approx(peak - shift) + other_total * exp2_approx(other_peak - shift);
     peak = highest;
   }
+  const float share = 1 / total;
+  T* of_dout = args.dout.at<T>(s.batch, head, query);
+  for (int column = 8 * lane_id(); column < call.dim; column += 8 * kWarp) {
+    auto* at = reinterpret_cast<Chunk<T, 8>*>(of_dout + column);
+    auto chunk = load<Load::coherent>(at);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) chunk.at[i] = from_float<T>(to_float(chunk.at[i]) * share);
+    store(at, chunk);
+  }
   if (lane_id() != 0) return;
-  store(&args.statistics[row].lse, peak);
-  store(args.rest + row, log2_approx(total));
-  store(args.rest + args.rows, 1.0f);
+  const float delta = load<Load::coherent>(&args.statistics[row].delta);
+  store(args.statistics + row, {.lse = peak, .delta = delta * share});
 }
 
 inline constexpr int kSumThreads = 256;
@@ -112,10 +121,10 @@ void attention_delta(const AttentionDelta& args, Stream stream) {
 }
 
 template <class T>
-void attention_rest(const AttentionRest& args, Stream stream) {
+void attention_far_rows(const AttentionFarRows& args, Stream stream) {
   if (args.rows > 0)
-    launch(attention_rest_rows<T>, {.grid = ceil_div(args.rows, kRestThreads / kWarp), .block = kRestThreads}, stream,
-           args);
+    launch(attention_divide_far_rows<T>,
+           {.grid = ceil_div(args.rows, kFarRowsThreads / kWarp), .block = kFarRowsThreads}, stream, args);
 }
 
 template <class T>

@@ -59,8 +59,9 @@ RULES = (
     Rule("column_sum", ()),  # a warp reads 32 columns of a row of partial sums, whose width may be odd
     Rule("attention_decode_append", ()),  # a few rows, in pairs of columns that may begin anywhere
     Rule(r"attention_decode\w*"),
-    Rule("attention_(delta|rest)_rows", ("loads",)),  # write two numbers a row
+    Rule("attention_delta_rows", ("loads",)),  # writes two numbers a row
     Rule("attention_sum_addends"),
+    Rule("attention_divide_far_rows"),
     Rule(r"attention_\w+", ("products", "copies", "matrices"), spills_above=128),
     Rule(r"\w+"),
 )

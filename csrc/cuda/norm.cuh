@@ -145,16 +145,22 @@ __global__ void __launch_bounds__(SINGLE ? kSmallBlock : kRowThreads<Z>, 1)
     float mean = 0, squares = team.reduce<Sum>(sum);
     if (args.mean != nullptr) {
       mean = squares / args.width;
-      sum = 0;
+      float around[2] = {};
 #pragma unroll
       for (int v = 0; v < V; ++v)
 #pragma unroll
         for (int e = 0; e < E; ++e) {
           const bool counts = inside(column + v * step + (WHOLE ? 0 : e), width);
           const float centred = counts ? to_float(z[v].at[e]) - mean : 0.0f;
-          sum += centred * centred;
+          around[0] += centred * centred;
+          around[1] += centred;
         }
-      squares = team.reduce<Sum>(sum);
+      team.reduce<Sum>(around);
+      // What rounding left in the mean is all that there is of the deviations of a constant row.
+      const float left = around[1] / args.width;
+      squares = around[0] - around[1] * left;
+      if (squares < 0) squares = 0;
+      mean += left;
     }
     const float rstd = 1 / sqrtf(squares / args.width + args.eps);
     store_statistics(args, team, row, mean, rstd);
@@ -205,7 +211,8 @@ __global__ void __launch_bounds__(kWalkingThreads, 1) norm_forward_walked(const 
       squares += delta * delta * share * (count - chunk_count);
       mean += delta * share;
     }
-    const float row_mean = team.reduce<Sum>(mean * count) / width;
+    float row_mean = team.reduce<Sum>(mean * count) / width;
+    row_mean += team.reduce<Sum>(count * (mean - row_mean)) / width;  // what rounding left, as above
     squares = team.reduce<Sum>(squares + count * (mean - row_mean) * (mean - row_mean));
     const float rstd = 1 / sqrtf(squares / width + args.eps);
     store_statistics(args, team, row, row_mean, rstd);

@@ -88,7 +88,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         padded = key_padding_mask is not None
         is_causal = is_causal and not need_weights and not (padded and (extended or has_derivative(attn_mask)))
         attn_mask, key_padding_mask = _sdpa_masks(
-            None if is_causal else attn_mask, key_padding_mask, q.shape[0], self.num_heads
+            None if is_causal else attn_mask, key_padding_mask, q.shape[0], self.num_heads, q.dtype
         )
         if extended:
             k, v, attn_mask, key_padding_mask = self._extend(k, v, attn_mask, key_padding_mask)
@@ -185,8 +185,18 @@ def has_derivative(mask: Tensor) -> bool:
     return needs_grad(mask) or transformed()
 
 
-def _sdpa_masks(attn_mask, key_padding_mask, batch: int, heads: int) -> tuple[Tensor | None, Tensor | None]:
-    """torch.nn's masks as those of `pyllm.ops.attention`: True = take part in attn_mask; only bool key padding."""
+def _sdpa_masks(
+    attn_mask, key_padding_mask, batch: int, heads: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """torch.nn's masks as those of `pyllm.ops.attention`: True = take part in attn_mask; only bool key padding.
+
+    dtype: that of the scores, in which torch adds a bool mask to one of another dtype.
+    """
+    if attn_mask is not None and key_padding_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
+        attn_mask, key_padding_mask = (
+            mask if mask.dtype == torch.bool else mask.to(torch.promote_types(mask.dtype, dtype))
+            for mask in (attn_mask, key_padding_mask)
+        )
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask

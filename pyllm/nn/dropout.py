@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyllm import ops
 from pyllm.nn.plain import is_plain
@@ -34,7 +35,9 @@ def dropped(x: Tensor, dropout: Module | None) -> Tensor:
 
 
 def _dropped(x: Tensor, dropout: torch.nn.Dropout) -> Tensor:
-    rows = x.dtype in FLOATING and x.dim() > 0 and not x.is_nested and not dropout.inplace
-    if not (rows and dropout.training and dropout.p > 0.0):
+    draws = dropout.training and dropout.p > 0.0
+    wraps = is_traceable_wrapper_subclass(x)  # such as a DTensor, whose rules are of PyTorch's operators
+    if not (draws and x.dtype in FLOATING and x.dim() > 0 and not x.is_nested and not wraps):
         return F.dropout(x, dropout.p, dropout.training, dropout.inplace)
-    return ops.dropout_add(x, torch.zeros_like(x), dropout_p=dropout.p)
+    result = ops.dropout_add(x, torch.zeros_like(x), dropout_p=dropout.p)
+    return x.copy_(result) if dropout.inplace else result

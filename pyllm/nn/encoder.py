@@ -295,6 +295,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     ) -> Tensor:
         """src through all layers and the final norm. is_causal=None looks whether mask is the causal one."""
         batch_first = self.layers[0].self_attn.batch_first
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise AssertionError(f"only bool and floating types of mask are supported, got {mask.dtype}")
         is_causal = causal_hint(is_causal, mask)
         if is_causal is None:
             is_causal = _detect_is_causal_mask(mask, None, _get_seq_len(src, batch_first))

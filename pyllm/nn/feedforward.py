@@ -12,7 +12,7 @@ from pyllm import reference
 from pyllm.backend import select
 from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.nn.dropout import DROPOUT, Dropout, dropped
-from pyllm.nn.memory import Source, by_hand, flat, in_one_precision, kept, matrix, restored
+from pyllm.nn.memory import Source, by_hand, flat, in_one_precision, kept, matrix, no_view, restored
 from pyllm.nn.plain import LINEAR, is_plain
 from pyllm.nn.tracing import leaf
 from pyllm.ops._autocast import in_given_precision
@@ -99,7 +99,7 @@ class _FeedForward(torch.autograd.Function):
             active if save == "all" else None,
             *kept(ctx, x, source),
         )
-        return (active @ weight2.mT).view(*x.shape[:-1], weight2.shape[0])
+        return no_view(active @ weight2.mT, (*x.shape[:-1], weight2.shape[0]))
 
     @staticmethod
     @in_given_precision

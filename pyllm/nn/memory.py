@@ -58,6 +58,10 @@ def matrix(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+# (tensor, shape) as `view`, for what a Function returns: a view that it made could not be changed in place.
+no_view = torch.ops.aten._unsafe_view.default
+
+
 def kept(ctx, x: Tensor, source: tuple) -> tuple[Tensor | None, ...]:
     """What a Function is to save for `restored`: x, or the tensors of its source, if there is one."""
     ctx.compute, *tensors = source or (None, x)
@@ -118,8 +122,10 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, *source):
         ctx.save_for_backward(weight, *kept(ctx, x, source))
         if bias is None or not x.is_cpu or torch._C._len_torch_dispatch_stack():  # a mode may have kept the product
-            return F.linear(x, weight, bias)
-        return F.linear(x, weight).add_(bias)  # oneDNN's product with a bias takes a quarter longer
+            out = F.linear(x, weight, bias)
+        else:
+            out = F.linear(x, weight).add_(bias)  # oneDNN's product with a bias takes a quarter longer
+        return no_view(out, out.shape)
 
     @staticmethod
     @in_given_precision

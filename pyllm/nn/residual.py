@@ -188,8 +188,9 @@ class ResidualLayer:
         """Makes torch's freshly initialised modules pyllm's, parameters and all."""
         if save is not None:
             self.save = check_plan(save)
-        for module in self.children():
-            module.__class__ = _ADOPTED.get(type(module), type(module))
+        for name, module in self.named_children():
+            if name != "activation":  # the user's own
+                module.__class__ = _ADOPTED.get(type(module), type(module))
 
     def _sublayer(self, name: str, dropout: Module, norm: Module, *args) -> Sublayer:
         if self._is_torchs(f"_{name}_block"):

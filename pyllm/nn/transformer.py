@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
 
 from pyllm.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from pyllm.nn.encoder import TransformerEncoder, TransformerEncoderLayer
@@ -58,6 +59,14 @@ class Transformer(torch.nn.Transformer):
         super().__init__(
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )
+        self.encoder_feeds_decoder()
+
+    def encoder_feeds_decoder(self) -> None:
+        """Marks the encoder's parts as `padding_is_read`; to stay, since a checkpoint may call them from a backward."""
+        own = isinstance(self.encoder, TransformerEncoder)
+        for module in (self.encoder,) if own or not isinstance(self.encoder, Module) else self.encoder.modules():
+            if isinstance(module, TransformerEncoder):
+                module.padding_is_read = True
 
     def forward(
         self,
@@ -76,10 +85,7 @@ class Transformer(torch.nn.Transformer):
         """src through the encoder, tgt and that through the decoder; masks as in `TransformerDecoderLayer`."""
         unread = False
         if not torch.compiler.is_compiling():  # where nothing is packed
-            own = isinstance(self.encoder, TransformerEncoder)
-            for module in (self.encoder,) if own else self.encoder.modules():
-                if isinstance(module, TransformerEncoder):
-                    module.padding_is_read = True  # to stay: a checkpoint may call it again from a backward
+            self.encoder_feeds_decoder()  # which may have been replaced
             same = memory_key_padding_mask is not None and memory_key_padding_mask is src_key_padding_mask
             unread = same and is_plain(self.encoder, TransformerEncoder)
         with self.encoder.unread_padding() if unread else nullcontext():

@@ -81,10 +81,13 @@ def is_one_or(size: int, other: int) -> bool:
     return size == 1 or size == other
 
 
-def number(op: str, name: str, value: float | None) -> None:
-    """The value is no tensor, whose gradient would be lost."""
-    if isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a number, got a Tensor")
+def number(op: str, name: str, value: float | Tensor | None) -> float | None:
+    """The value; that of a tensor only where no derivative of it would be lost."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.requires_grad or transformed():
+        raise TypeError(f"{op}: {name} must be a number, got a Tensor, whose derivative would be lost")
+    return value.item()
 
 
 def broadcasts(op: str, name: str, tensor: Tensor, target: Sequence[int], meaning: str) -> None:
@@ -118,7 +121,8 @@ def can_look(tensor: Tensor) -> bool:
 
 def is_expanded(tensor: Tensor) -> bool:
     """Whether elements of the tensor share their memory."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    strides = tensor.stride()
+    return 0 in strides and any(n > 1 for n, stride in zip(tensor.shape, strides, strict=True) if stride == 0)
 
 
 def short(values: Sequence) -> str:

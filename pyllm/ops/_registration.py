@@ -98,8 +98,11 @@ def will_change(*tensors: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors):
-        raise RuntimeError("an inference tensor, made under torch.inference_mode(), cannot be changed outside of it")
+    for tensor in tensors:
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "an inference tensor, made under torch.inference_mode(), cannot be changed outside of it"
+            )
     torch.autograd.graph.increment_version(tensors)
 
 

@@ -123,7 +123,6 @@ def checked_call(
 ) -> AttentionCall:
     """The arguments of `attention` as its kernels take them, dropout's random bits drawn. options: `options_of`'s."""
     query, key, value = lower_precision(query, key, value)
-    attn_mask = widened(attn_mask, query)
     check_operands(op, query, key, value, "(B, H, Sq, D)", "(B, Hkv, Sk, D)")
     batch, heads, sq, _ = query.shape
     sk = key.shape[2]
@@ -197,6 +196,7 @@ def _checked_mask(op: str, attn_mask: Tensor | None, query: Tensor, sizes: tuple
     """attn_mask with 4 dimensions."""
     if attn_mask is None:
         return None
+    attn_mask = widened(attn_mask, query)
     _checks.attention_mask(op, attn_mask, query, "query")
     _checks.broadcasts(op, "attn_mask", attn_mask, sizes, meaning)
     return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
@@ -251,14 +251,13 @@ def options_of(op, query, is_causal, causal_alignment, window, softcap, scale, d
     """scale, softcap, dropout_p, left, right, bottom_right, checked."""
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"{op}: causal_alignment must be 'top_left' or 'bottom_right', got {causal_alignment!r}")
-    if window is not None and (len(window) != 2 or min(window) < -1):
+    if window is not None and (not isinstance(window, Sequence) or len(window) != 2 or min(window) < -1):
         raise ValueError(f"{op}: window must be (left, right), each -1 or more, got {window}")
     if not isinstance(softcap, (int, float)) or not 0.0 <= softcap < math.inf:
         raise ValueError(f"{op}: softcap must be a finite number, 0 (none) or more, got {softcap}")
     _checks.probability(op, "dropout_p", dropout_p)
-    _checks.number(op, "scale", scale)
     left, right = (-1, -1) if window is None else window
-    scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(_checks.number(op, "scale", scale))
     right = 0 if is_causal else right
     return scale, float(softcap), float(dropout_p), left, right, causal_alignment == "bottom_right"
 

@@ -83,7 +83,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 
     outs: tensors (..., D) of one shape and dtype, lses: their log-sum-exps (...), as `attention` returns both, such as
     (B, H, Sq, D) and (B, H, Sq). Returns (out, lse) in the same shapes and dtypes, differentiable; where every lse is
-    -inf, out is 0 and lse -inf. The outs are added in float32 (float64 for float64), by a few PyTorch calls.
+    -inf, out is 0 and lse -inf. The outs are added in float32 (float64 for float64), by a few PyTorch calls. As exact
+    as the lses: where a mask adds -1e9 to all keys of a row, float32 holds nothing of their number, and parts of such a
+    row weigh alike.
     Raises TypeError, ValueError or RuntimeError for a dtype, a shape or a device that does not fit.
     """
     op = "merge_attention"

@@ -189,7 +189,8 @@ def _on(fwd: OpOverload, inplace_fwd: OpOverload, bwd: OpOverload) -> Implementa
             # In float16 the gradient of a mean would underflow before a loss scale could reach it.
             is_late = scale is not None and logits.dtype == torch.float16
             early = None if is_late else scale
-            late = torch.where(scale == torch.inf, 0.0, scale) if is_late else None  # no target, no gradient
+            # Without a target the gradient is 0, to be multiplied by something finite.
+            late = torch.where((target != options[0]).any(), scale, 0.0) if is_late else None
             args = (logits, target, weight, early, *options)
             if inplace:
                 loss, dlogits = inplace_fwd(*args), logits

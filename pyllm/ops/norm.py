@@ -26,7 +26,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     a shape or a device that does not fit.
     """
     x, weight, bias = full_precision(x, weight, bias)
-    _check_row("layer_norm", x, weight, bias, eps)
+    eps = _check_row("layer_norm", x, weight, bias, eps)
     return select(LAYER_NORM, x, weight, bias, eps)(x, weight, bias, eps)
 
 
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
     statistics' dtype.
     """
     x, weight = full_precision(x, weight)
-    _check_row("rms_norm", x, weight, None, eps)
+    eps = _check_row("rms_norm", x, weight, None, eps)
     if eps is None:
         eps = default_eps(x.dtype)
     return select(RMS_NORM, x, weight, None, eps)(x, weight, None, eps)
@@ -59,7 +59,7 @@ def add_layer_norm(
     are float32). weight and bias as in `layer_norm`. dropout_p in [0, 1] is applied whenever it is not 0. x_bias: (N,),
     x's dtype or float32, such as the bias of the projection that made x; its gradient is summed in the same pass.
     """
-    _check_add("add_layer_norm", x, residual, weight, bias, eps, dropout_p, x_bias)
+    eps = _check_add("add_layer_norm", x, residual, weight, bias, eps, dropout_p, x_bias)
     args = (x, residual, weight, bias, x_bias, draw_rng(x, dropout_p), dropout_p, eps)
     return select(ADD_LAYER_NORM, *args)(*args)
 
@@ -74,7 +74,7 @@ def add_rms_norm(
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """z = residual + dropout(x + x_bias); returns (rms_norm(z), z). Arguments as in `add_layer_norm` and `rms_norm`."""
-    _check_add("add_rms_norm", x, residual, weight, None, eps, dropout_p, x_bias)
+    eps = _check_add("add_rms_norm", x, residual, weight, None, eps, dropout_p, x_bias)
     if eps is None:
         eps = default_eps(residual.dtype)
     args = (x, residual, weight, None, x_bias, draw_rng(x, dropout_p), dropout_p, eps)
@@ -86,22 +86,24 @@ def default_eps(dtype: torch.dtype) -> float:
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
-def _check_row(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> None:
+def _check_row(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> float | None:
+    """eps as a number."""
     _checks.rows(op, "x", x)
-    if type(eps) is not float:
-        _checks.number(op, "eps", eps)
     if weight is not None:
         _checks.parameter(op, "weight", weight, "x", x)
     if bias is not None:
         _checks.parameter(op, "bias", bias, "x", x)
+    return eps if type(eps) is float else _checks.number(op, "eps", eps)
 
 
-def _check_add(op, x, residual, weight, bias, eps, dropout_p, x_bias) -> None:
+def _check_add(op, x, residual, weight, bias, eps, dropout_p, x_bias) -> float | None:
+    """eps as a number."""
     _checks.residual(op, residual, x)
-    _check_row(op, residual, weight, bias, eps)
+    eps = _check_row(op, residual, weight, bias, eps)
     if x_bias is not None:
         _checks.parameter(op, "x_bias", x_bias, "x", x)
     _checks.probability(op, "dropout_p", dropout_p)
+    return eps
 
 
 # --- operators as PyTorch's dispatcher knows them: fake implementations, whose annotations are the schemas ---

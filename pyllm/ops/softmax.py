@@ -39,7 +39,7 @@ def _along(name: str, op: Operator, x: Tensor, dim: int, scale: float, attn_mask
     (x,) = full_precision(x)
     _checks.floating(name, "x", x)
     if type(scale) is not float:
-        _checks.number(name, "scale", scale)
+        scale = _checks.number(name, "scale", scale)
     rank = x.dim()
     if dim != -1 or not rank:
         if not -rank <= dim < rank:

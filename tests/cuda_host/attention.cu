@@ -94,8 +94,8 @@ const char* attention_forward(CALL_PARAMETERS, void* out, float* lse) {
 // statistics, rest, dquery_sums and dbias_sums, of `room` shares and parts, are for what is between the kernels; all
 // but the first hold zeros.
 const char* attention_backward(CALL_PARAMETERS, void* dout, const float* dlse, void* out, const float* lse,
-                               void* statistics, float* rest, float* dquery_sums, float* dbias_sums, void* dquery,
-                               void* dkey, void* dvalue, void* dmask, float* dbias, int64_t shares, int64_t parts,
+                               void* statistics, float* dquery_sums, float* dbias_sums, void* dquery, void* dkey,
+                               void* dvalue, void* dmask, float* dbias, int64_t shares, int64_t parts,
                                int64_t deterministic, int64_t processors) {
   return cuda_host::reporting([&] {
     Call call(CALL_ARGUMENTS);
@@ -109,8 +109,6 @@ const char* attention_backward(CALL_PARAMETERS, void* dout, const float* dlse, v
         .dkey = call.numbers.heads(dkey, call.dtype),
         .dvalue = call.numbers.heads(dvalue, call.dtype),
         .statistics = of_rows,
-        .rest = rest,
-        .rows = rows,
         .dquery = dquery_sums,
         .dquery_share = 0,
         .dbias = dbias_sums,
@@ -138,7 +136,8 @@ const char* attention_backward(CALL_PARAMETERS, void* dout, const float* dlse, v
                                 .dim = args.dim},
                                nullptr);
       if (args.adds_mask())
-        cuda::attention_rest<T>({.call = args, .lse = lse, .statistics = of_rows, .rest = rest, .rows = rows}, nullptr);
+        cuda::attention_far_rows<T>({.call = args, .lse = lse, .statistics = of_rows, .dout = of_dout, .rows = rows},
+                                    nullptr);
       cuda::attention_backward<T, D, FULL>(backward, nullptr);
       cuda::attention_sum<T>({.addends = dquery_sums,
                               .out = {dquery, call.dtype},
