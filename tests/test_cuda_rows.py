@@ -74,6 +74,12 @@ def test_norm_rows(kernels, name, shape, dtype):
         test_norm.test_norm(HOST, name, shape, dtype)
 
 
+@pytest.mark.parametrize("width, capability", [(7, 90), (768, 90), (20_000, 80), (20_000, 90)])
+def test_a_constant_row_is_0(kernels, width, capability):
+    kernels.capability = capability
+    test_norm.test_a_constant_row_is_0(HOST, width)
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 8), (3, 0)], ids=str)
 @pytest.mark.parametrize("name", PLAIN)
 def test_norm_of_nothing(kernels, name, shape):

@@ -341,15 +341,17 @@ def test_a_decoder_reads_what_torchs_reads(patched, wrap, memory):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("patched", [False, True])
-def test_encoding_and_decoding_one_after_the_other(patched):
+def test_encoding_and_decoding_one_after_the_other(patched, training):
     """The encoder of a Transformer knows that its padding may be read before the whole was ever called."""
     ours, theirs = pair("Transformer", **SMALL, dropout=0.0, batch_first=True)
     model = deepcopy(theirs) if patched else ours
     if patched:
         pyllm.patch(model)
     padding, src, tgt = PADDING[[0, 1, 3]], torch.randn(3, S, E), torch.randn(3, 5, E)
-    found = [each.decoder(tgt, each.encoder(src, src_key_padding_mask=padding)) for each in (model, theirs)]
+    both = [each.train(training) for each in (model, theirs)]
+    found = [each.decoder(tgt, each.encoder(src, src_key_padding_mask=padding)) for each in both]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 

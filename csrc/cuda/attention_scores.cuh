@@ -74,7 +74,7 @@ class Scoring {
     }
     if (call_.mask.data) {
       const float added = mask(i, j);
-      score = added == -kInfinity ? added : score + fmaxf(added, kLowestAdded);
+      score = added == -kInfinity ? added : score + (added < kLowestAdded ? kLowestAdded : added);  // a NaN stays one
     }
     const int distance = j - i - shift_;
     if (bias_ != nullptr) score += load(bias_ + max(-reach_, min(reach_, distance)));
