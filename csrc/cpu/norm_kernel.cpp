@@ -24,6 +24,8 @@ inline KeptRows draw_rows(const Dropout& dropout, int64_t first, int rows, int64
   return {kept, stride};
 }
 
+constexpr double kLittle = 1.0 / 2048;  // as a share of the mean
+
 template <class X, class Z>
 void forward(const NormForward& args, int64_t begin, int64_t end) {
   using C = Compute<Z>;
@@ -61,16 +63,21 @@ void forward(const NormForward& args, int64_t begin, int64_t end) {
     C mean = 0;
     if (!args.rms) {
       mean = total.value[0] / static_cast<C>(n);
-      const Totals<C, 2> around = accumulate<C, 2>(n, [&](int64_t i, int count, Vec<C>* terms) {
+      total = accumulate<C, 1>(n, [&](int64_t i, int count, Vec<C>* terms) {
         const Vec<C> d = first<C>(load(values + i, count) - mean, count);
         terms[0] += d * d;
-        terms[1] += d;
       });
-      // What rounding left in the mean is all that there is of the deviations of a constant row.
-      const C left = around.value[1] / static_cast<C>(n);
-      total.value[0] = around.value[0] - around.value[1] * left;
-      if (total.value[0] < 0) total.value[0] = 0;
-      mean += left;
+      // Beside what varies so little, what rounding left in the mean counts: of a constant row it is all that there is.
+      const C little = mean * static_cast<C>(kLittle);
+      if (total.value[0] <= static_cast<C>(n) * little * little) {
+        const C sum = accumulate<C, 1>(n, [&](int64_t i, int count, Vec<C>* terms) {
+                        terms[0] += first<C>(load(values + i, count) - mean, count);
+                      }).value[0];
+        const C left = sum / static_cast<C>(n);
+        total.value[0] -= sum * left;
+        if (total.value[0] < 0) total.value[0] = 0;
+        mean += left;
+      }
       static_cast<C*>(args.mean)[row] = mean;
     }
     const C rstd = 1 / std::sqrt(total.value[0] / static_cast<C>(n) + static_cast<C>(args.eps));

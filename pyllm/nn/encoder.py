@@ -232,7 +232,8 @@ class TransformerEncoderLayer(ResidualLayer, torch.nn.TransformerEncoderLayer):
         self, x: Tensor, source: Source | None, attn_mask, key_padding_mask: Tensor | Packing | None, is_causal: bool
     ) -> tuple[Tensor, Source | None]:
         """`forward`, given how x is made again, and returning how the result is; x (T, E) with a Packing."""
-        if not (self._is_torchs("_sa_block") and is_plain(self.self_attn, MultiheadAttention)):
+        masked = attn_mask is not None or key_padding_mask is not None
+        if masked and not (self._is_torchs("_sa_block") and is_plain(self.self_attn, MultiheadAttention)):
             attn_mask, key_padding_mask = _added(attn_mask, key_padding_mask, x.dtype, "src_mask")
         sublayers = (
             self._sublayer("sa", self.dropout1, self.norm1, attn_mask, key_padding_mask, is_causal),

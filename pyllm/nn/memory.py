@@ -125,7 +125,7 @@ class _Linear(torch.autograd.Function):
             out = F.linear(x, weight, bias)
         else:
             out = F.linear(x, weight).add_(bias)  # oneDNN's product with a bias takes a quarter longer
-        return no_view(out, out.shape)
+        return no_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     @in_given_precision
