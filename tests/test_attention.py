@@ -187,6 +187,17 @@ def test_a_large_number_on_every_key_of_a_row(rows: int, sk: int, dtype: torch.d
     check(case.call, inputs, backend)
 
 
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
+def test_a_large_number_on_every_key_of_packed_rows(target):
+    backend, device = target
+    lengths = ((3, 30), (0, 4), (70, 300), (5, 4))
+    case = Case("", lengths=lengths, mask=(4, 2, 70, 300), mask_kind="float", padding=True, options=CAUSAL | BOTTOM)
+    inputs = case.inputs(torch.float32, device)
+    with torch.no_grad():
+        inputs["attn_mask"][:, :, ::2] = -1e30
+    check(case.call, inputs, backend)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=_name)
 @pytest.mark.parametrize("rows, cols", [(512, 512), (1, 512), (512, 1)])
 def test_a_large_number_where_a_mask_is_cut_into_tiles(rows: int, cols: int, dtype: torch.dtype):

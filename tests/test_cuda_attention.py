@@ -125,6 +125,15 @@ def test_a_large_number_on_every_key_of_a_row(kernels, dim, rows, options, large
         check(case.call, inputs, "cuda_host")
 
 
+def test_a_large_number_on_every_key_of_packed_rows(kernels):
+    lengths = ((3, 30), (0, 4), (70, 300), (5, 4))
+    case = Case("", lengths=lengths, mask=(4, 2, 70, 300), mask_kind="float32", padding=True, options=CAUSAL | BOTTOM)
+    inputs = case.on_tensor_cores().inputs(torch.float16, "cpu")
+    with torch.no_grad():
+        inputs["attn_mask"][:, :, ::2] = -1e30
+    check(case.call, inputs, "cuda_host")
+
+
 def test_large_scores_and_negative_scales(kernels):
     inputs = {n: (30 * randn(1, 2, 70, 64, grad=False)).half().requires_grad_() for n in ("query", "key")}
     inputs["value"] = randn(1, 2, 70, 64, dtype=torch.float16)

@@ -234,6 +234,7 @@ NATIVE = [
 
 ROWS, SPLIT = "test_cuda_rows.py -k", "test_cuda_decode.py -k"
 CUDA = [
+    ("csrc/cuda/attention_scores.cuh", "return sequence_of(call, low);", "return sequence_of(call, 0);", "test_cuda_attention.py -k packed_rows"),
     ("csrc/cuda/attention_rows.cuh", ".delta = delta * share}", ".delta = delta}", "test_cuda_attention.py -k large_number"),
     ("csrc/cuda/attention_rows.cuh", "other_total * exp2_approx(other_peak - shift)", "other_total", "test_cuda_attention.py -k large_number"),
     ("csrc/cuda/attention_rows.cuh", "to_float(chunk.at[i]) * share", "to_float(chunk.at[i])", "test_cuda_attention.py -k large_number"),

@@ -49,16 +49,18 @@ __global__ void __launch_bounds__(kFarRowsThreads, 1)
   if (row >= args.rows) return;
   const float size = fabsf(load(args.lse + row));
   if (!(size > kFarFromZero && size < kInfinity)) return;
-  const int query = static_cast<int>(row % call.sq), head = static_cast<int>(row / call.sq % call.heads);
-  const Sequence s = sequence_of(call, static_cast<int>(row / call.sq / call.heads));
+  const int head = static_cast<int>(row / call.sq % call.heads);
+  const Sequence s = sequence_at(call, static_cast<int>(row / call.sq / call.heads), static_cast<int>(row % call.sq));
+  const int query = static_cast<int>(row % call.sq) - s.query;
+  if (query >= s.sq) return;  // behind the last packed one
   const int key_head = head / (call.heads / call.kv_heads);
   const Range seen = keys_seen(call, s, query, query);
   const Scoring<T> scoring(call, s, head);
-  const T* of_query = call.query.at<const T>(s.batch, head, query);
+  const T* of_query = call.query.at<const T>(s.batch, head, s.query + query);
   float peak = -kInfinity, total = 0;
   for (int key = seen.begin + lane_id(); key < seen.end; key += kWarp) {
-    if (call.padding != nullptr && load(call.padding + int64_t{s.batch} * call.sk + key)) continue;
-    const T* of_key = call.key.at<const T>(s.batch, key_head, key);
+    if (call.padding != nullptr && load(call.padding + int64_t{s.batch} * call.sk + s.key + key)) continue;
+    const T* of_key = call.key.at<const T>(s.batch, key_head, s.key + key);
     float product = 0, derivative;
     for (int column = 0; column < call.dim; column += 8) {
       const auto a = load(reinterpret_cast<const Chunk<T, 8>*>(of_query + column));
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(kFarRowsThreads, 1)
     peak = highest;
   }
   const float share = 1 / total;
-  T* of_dout = args.dout.at<T>(s.batch, head, query);
+  T* of_dout = args.dout.at<T>(s.batch, head, s.query + query);
   for (int column = 8 * lane_id(); column < call.dim; column += 8 * kWarp) {
     auto* at = reinterpret_cast<Chunk<T, 8>*>(of_dout + column);
     auto chunk = load<Load::coherent>(at);

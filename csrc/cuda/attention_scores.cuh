@@ -21,6 +21,17 @@ __device__ inline Sequence sequence_of(const Attention& call, int index) {
   return s;
 }
 
+// That of row `row` of batch `batch`; of packed ones the last that begins there or before.
+__device__ inline Sequence sequence_at(const Attention& call, int batch, int row) {
+  if (call.cu_q == nullptr) return sequence_of(call, batch);
+  int low = 0, high = call.count;
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    (load(call.cu_q + middle) <= row ? low : high) = middle;
+  }
+  return sequence_of(call, low);
+}
+
 // bounds: null, or of the packed sequences. length, size: rows of a sequence that is not packed, and of a tile.
 __device__ inline Slot slot_at(int slot, const int32_t* bounds, int count, int length, int size) {
   if (bounds != nullptr) return packed_slot(slot, count, size, [&](int i) { return load(bounds + i); });

@@ -33,7 +33,7 @@ def widened(added: Tensor | None, other: Tensor) -> Tensor | None:
     """In float32 what is of the 16-bit type that autocast did not cast the other tensor to."""
     if not isinstance(added, Tensor) or added.dtype == other.dtype or added.dtype not in _SIXTEEN_BITS:
         return added
-    return added.float() if torch.is_autocast_enabled(other.device.type) else added
+    return added.float() if not other.is_meta and torch.is_autocast_enabled(other.device.type) else added
 
 
 def in_given_precision(backward: Callable) -> Callable:
