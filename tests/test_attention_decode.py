@@ -233,7 +233,7 @@ BAD = [
     ({"key_cache": torch.ones(1, 2, 16, 8).expand(2, -1, -1, -1)}, RuntimeError, "key_cache must not be expanded"),
     ({"value_cache": torch.ones(2, 1, 16, 8).expand(-1, 2, -1, -1)}, RuntimeError, "value_cache must not be expanded"),
     (dict.fromkeys(("key_cache", "value_cache"), torch.ones(2, 2, 16, 8)), ValueError, "must be two tensors"),
-    ({"scale": torch.ones(())}, TypeError, "scale must be a number"),
+    ({"scale": torch.ones((), requires_grad=True)}, TypeError, "scale must be a number"),
     ({"window": (-3, 0)}, ValueError, "window must be"),
     ({"softcap": -1.0}, ValueError, "softcap must be"),
     ({"query": torch.ones(2, 4, 1, 8).requires_grad_()}, RuntimeError, "no gradient"),
