@@ -494,20 +494,6 @@ def test_masks_of_two_dtypes(dtype, second, first):
     torch.testing.assert_close(ours(x, x, x, **masks, need_weights=False)[0], expected, rtol=2e-2, atol=2e-2)
 
 
-def test_dropout_of_a_distributed_tensor():
-    """Whose rules are of PyTorch's operators."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        layer = pyllm.nn.TransformerEncoderLayer(E, H, 40, 0.5)
-        x = torch.distributed.tensor.distribute_tensor(torch.ones(3, E), mesh)
-        dropped = layer.dropout1(x).full_tensor()
-        assert set(dropped.unique().tolist()) == {0.0, 2.0}
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_nested_tensors_are_refused():
     x = torch.nested.nested_tensor([torch.randn(2, E), torch.randn(3, E)])
     with pytest.raises(AssertionError, match="NestedTensor"):

@@ -65,7 +65,7 @@ PACKING = [
     ("pyllm/nn/transformer.py", "memory_key_padding_mask is src_key_padding_mask", "True", "test_packing.py -k reads_what"),
     ("pyllm/nn/transformer.py", "same and is_plain(self.encoder, TransformerEncoder)", "same and isinstance(self.encoder, TransformerEncoder)", "test_packing.py -k reads_what"),
     ("pyllm/nn/transformer.py", "(self.encoder,) if own or not isinstance(self.encoder, Module) else self.encoder.modules()", "(self.encoder,)", "test_packing.py -k reads_what"),
-    ("pyllm/nn/dropout.py", "return _dropped(x, dropout) if is_plain(dropout, *DROPOUT) else dropout(x)", "return dropout(x)", "test_module_calls.py -k whoever"),
+    ("pyllm/nn/dropout.py", "return _dropped(x, dropout) if is_plain(dropout, *DROPOUT) else dropout(x)", "return dropout(x)", "test_layer_dropout.py -k whoever"),
     ("pyllm/nn/residual.py", "        if isinstance(branch, _Called):  # which may have changed y\n            source = None\n", "", "test_memory_plan.py -k branch_may"),
     ("pyllm/nn/encoder.py", "< lengths[:, None]", "<= lengths[:, None]", "test_patch.py -k over_layers"),
     ("pyllm/nn/encoder.py", "kind = F._none_or_dtype(mask)", "return mask, key_padding_mask", "test_packing.py -k gives_it"),
