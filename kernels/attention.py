@@ -45,7 +45,6 @@ from pyllm.kernels.attention_common import (
     Sizes,
     bound,
     distances_of,
-    merged,
     row_major,
     rows_of,
     shape_and_scale,
@@ -53,7 +52,7 @@ from pyllm.kernels.attention_common import (
 )
 from pyllm.kernels.attention_forward import attention_fwd_kernel
 from pyllm.kernels.attention_tiles import target_of, tiles
-from pyllm.reference import AttentionCall, dropout_threshold, statistics_type
+from pyllm.reference import AttentionCall, dropout_threshold, merged_heads, statistics_type
 
 
 def _features(call: AttentionCall) -> Features:
@@ -128,7 +127,7 @@ def attention_fwd(*args, target: str | None = None) -> tuple[Tensor, Tensor]:
     call = AttentionCall(*args)
     call = call._replace(**{name: row_major(getattr(call, name)) for name in ("query", "key", "value")})
     one = _Launcher(call, target)
-    out = merged(call.query)
+    out = merged_heads(call.query)
     lse = torch.empty(call.query.shape[:3], dtype=statistics_type(call.query), device=one.device)
     sizes = one.tiles("fwd")
     programs = one.heads * one.slots(call.query.shape[2], sizes["BLOCK_M"])
@@ -153,8 +152,8 @@ def attention_bwd(
     dout, out, lse = row_major(dout), row_major(out), lse.contiguous()
     one = _Launcher(call, target)
     query, key, mask, distances = call.query, call.key, call.attn_mask, call.distance_bias
-    dquery = merged(query) if deterministic else merged(query, lse.dtype).zero_()
-    dkey, dvalue = merged(key), merged(key)
+    dquery = merged_heads(query) if deterministic else merged_heads(query, lse.dtype).zero_()
+    dkey, dvalue = merged_heads(key), merged_heads(key)
     delta = torch.empty_like(lse)
 
     rows = max(16, 4096 // one.arguments["BLOCK_D"])
@@ -241,7 +240,7 @@ def _variant(feature: str, dtype: torch.dtype, dim: int) -> AttentionCall:
     empty = partial(torch.empty, device="meta")
     named = feature.split()
     rows = (1, heads, batch * length, dim) if "varlen" in named else (batch, heads, length, dim)
-    query, key, value = (merged(empty(rows, dtype=dtype)) for _ in range(3))
+    query, key, value = (merged_heads(empty(rows, dtype=dtype)) for _ in range(3))
     masked = "bool" in named or "float" in named
     bounds = empty(batch + 1, dtype=torch.int32) if "varlen" in named else None
     return AttentionCall(

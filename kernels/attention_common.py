@@ -7,7 +7,6 @@ which a feature is compiled away.
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -120,12 +119,6 @@ class Head(NamedTuple):
 
 def row_major(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def merged(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(B, H, S, D) like x, uninitialised, stored as (B, S, H, D); no view, which autograd would not let be changed."""
-    _, heads, length, dim = x.shape
-    return x.new_empty_strided(x.shape, (length * heads * dim, dim, heads * dim, 1), dtype=dtype)
 
 
 def rows_of(x: Tensor) -> Rows:

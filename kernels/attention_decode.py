@@ -29,7 +29,6 @@ from pyllm.kernels.attention_common import (
     distances_of,
     dot,
     finished,
-    merged,
     number,
     outer,
     row_major,
@@ -39,7 +38,7 @@ from pyllm.kernels.attention_common import (
     within,
 )
 from pyllm.kernels.attention_tiles import target_of, tiles
-from pyllm.reference import DecodeCall, statistics_type
+from pyllm.reference import DecodeCall, merged_heads, statistics_type
 
 
 class Cache(NamedTuple):
@@ -309,7 +308,7 @@ def attention_decode_fwd(*args, target: str | None = None) -> tuple[Tensor, Tens
         programs = batch * kv_heads * new
         launch(attention_decode_append_kernel, (programs,), device, k=k, v=v, num_warps=1, **shared, **widths)
 
-    out = merged(query)
+    out = merged_heads(query)
     statistics = statistics_type(query)
     lse = torch.empty(query.shape[:3], dtype=statistics, device=device)
     if not lse.numel():

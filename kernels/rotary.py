@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyllm.kernels._common import captured, launch, rounded
-from pyllm.kernels.attention_common import merged
-from pyllm.reference import statistics_type
+from pyllm.reference import merged_heads, statistics_type
 
 
 @triton.jit
@@ -104,7 +103,7 @@ def _turn(x: Tensor, y: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bo
 
 def rotary_fwd(x, cos, sin, interleaved, inverse):
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y = merged(x)
+    y = merged_heads(x)
     _turn(x, y, cos, sin, interleaved, inverse)
     return y
 

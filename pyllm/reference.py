@@ -429,6 +429,15 @@ def statistics_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def merged_heads(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(B, H, S, D) like x, uninitialised, stored as (B, S, H, D), so that merging the heads is free.
+
+    No view, which autograd would not let be changed where an operator returns it.
+    """
+    _, heads, length, dim = x.shape
+    return x.new_empty_strided(x.shape, (length * heads * dim, dim, heads * dim, 1), dtype=dtype)
+
+
 def _for_every_head(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // max(x.shape[1], 1), 1)
 

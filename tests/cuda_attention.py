@@ -7,8 +7,7 @@ from cuda_host.build import HERE, Edit, Model, build
 from cuda_rows import DTYPE, empty
 from torch import Tensor
 
-from pyllm.ops.attention import merged_heads
-from pyllm.reference import AttentionCall
+from pyllm.reference import AttentionCall, merged_heads
 
 SOURCE = HERE / "attention.cu"
 

@@ -149,7 +149,7 @@ DECODE = "test_attention_decode.py -k"
 TRITON = [
     ("kernels/attention_backward.py", "tl.store(p_far, 1)", "tl.store(p_far, 0)", "test_attention.py -k 'large_number and triton'"),
     ("kernels/attention_backward.py", "tl.where(far, peak, b_shift)", "peak", "test_attention.py -k 'large_number and triton'"),
-    ("kernels/attention_common.py", "(length * heads * dim, dim, heads * dim, 1), dtype=dtype)", "(length * heads * dim, dim, heads * dim, 1), dtype=dtype).view(x.shape)", "test_layout.py -k 'in_place and triton'"),
+    ("pyllm/reference.py", "(length * heads * dim, dim, heads * dim, 1), dtype=dtype)", "(length * heads * dim, dim, heads * dim, 1), dtype=dtype).view(x.shape)", "test_layout.py -k 'in_place and triton'"),
     ("kernels/attention_decode.py", "first = tl.maximum(total - Sn - left, 0)", "first = tl.maximum(total - Sn - left + 1, 0)", f"{DECODE} 'begin_and_end and triton'"),
     ("kernels/attention_decode.py", "tl.exp(b_lse - tl.where(peak == -INF, 0.0, peak))", "tl.exp(b_lse - peak)", f"{DECODE} 'shares and triton'"),
     ("kernels/attention_decode.py", "end = tl.minimum(start + width, total)", "end = start + width", f"{DECODE} 'begin_and_end and triton'"),

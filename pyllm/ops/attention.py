@@ -21,7 +21,7 @@ from pyllm.ops import _checks
 from pyllm.ops._autocast import lower_precision, widened
 from pyllm.ops._registration import apply, draw_rng, kernel, needs_grad, on_kernels
 from pyllm.ops.relative_bias import RelativeBias
-from pyllm.reference import AttentionCall, statistics_type
+from pyllm.reference import AttentionCall, merged_heads, statistics_type
 
 
 def attention(
@@ -263,12 +263,6 @@ def options_of(op, query, is_causal, causal_alignment, window, softcap, scale, d
 
 
 # --- operators as PyTorch's dispatcher knows them: the fields of an AttentionCall ---
-
-
-def merged_heads(x: Tensor) -> Tensor:
-    """(B, H, S, D), uninitialised, stored as (B, S, H, D), so that merging the heads is free."""
-    _, heads, length, dim = x.shape
-    return x.new_empty_strided(x.shape, (length * heads * dim, dim, heads * dim, 1))
 
 
 @kernel("attention")

@@ -7,9 +7,9 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._registration import kernel, named_kernel, needs_grad, will_change
-from pyllm.ops.attention import check_operands, merged_heads, options_of, score_biases, unfit_for_kernels
+from pyllm.ops.attention import check_operands, options_of, score_biases, unfit_for_kernels
 from pyllm.ops.relative_bias import RelativeBias
-from pyllm.reference import DecodeCall, statistics_type
+from pyllm.reference import DecodeCall, merged_heads, statistics_type
 
 
 def attention_decode(

@@ -9,8 +9,7 @@ from pyllm.backend import Implementation, Operator, select
 from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
 from pyllm.ops._registration import apply, kernel, needs_grad, on_kernels, will_change
-from pyllm.ops.attention import merged_heads
-from pyllm.reference import statistics_type
+from pyllm.reference import merged_heads, statistics_type
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False) -> Tensor:
