@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import pyllm
-from pyllm import dispatch
+from pyllm import _library, dispatch
 
 FRESH_PAGES_FROM = 32 * 2**20  # bytes; above this glibc takes every block from the kernel and gives it back
 
@@ -204,10 +204,6 @@ def machine(device: str) -> dict[str, str | int]:
     facts["cpu"] = dispatch.processor()
     facts["threads"] = torch.get_num_threads()
     facts["torch_isa"] = torch.backends.cpu.get_cpu_capability()
-    try:
-        from pyllm import _C
-
-        facts["pyllm_isa"] = _C.cpu_isa()
-    except ImportError:
-        facts["pyllm_isa"] = "not compiled"
+    build = _library.facts()
+    facts["pyllm_isa"] = "unknown" if build is None else build.cpu_isa()
     return facts

@@ -3,13 +3,15 @@
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import mangle_type
+
+from pyllm import replay
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -39,22 +41,28 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> 
     if _captured is not None:
         _captured.append((kernel, arguments))
     else:
-        with torch.cuda.device(-1 if device.type == "cpu" else device):
-            if arguments.get("TMA"):
-                _with_scratch(device, kernel[grid], arguments)
-            else:
-                kernel[grid](**arguments)
+        described = arguments.get("TMA")
+        with torch.cuda.device(-1 if device.type == "cpu" else device), replay.paused():
+            launched = partial(_with_scratch, device, kernel[grid]) if described else kernel[grid]
+            compiled = launched(**arguments)
+        recorder = replay.recorder()
+        if recorder is not None:
+            again = kernel[grid] if INTERPRETED.value else compiled[(*grid, 1, 1)[:3]]
+            in_order = [arguments[name] for name in kernel.arg_names]
+            recorder.launched(
+                partial(_with_scratch, device, again) if described else again, in_order, INTERPRETED.value
+            )
 
 
-def _with_scratch(device: torch.device, launched, arguments: dict) -> None:
-    """launched(**arguments) with memory for tensor descriptors; the allocator of the caller's context stays."""
+def _with_scratch(device: torch.device, launched, *args, **arguments):
+    """launched(...) with memory for tensor descriptors; the allocator of the caller's context stays."""
 
     def allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)  # aligned to 512 B
 
     context = contextvars.copy_context()
     context.run(triton.set_allocator, allocate)
-    context.run(launched, **arguments)
+    return context.run(launched, *args, **arguments)
 
 
 @contextmanager

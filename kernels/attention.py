@@ -70,8 +70,10 @@ def _features(call: AttentionCall) -> Features:
 
 def _aligned(x: Tensor) -> bool:
     """Whether a tensor descriptor can serve every head of x (B, H, S, D)."""
-    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
-    return all(place % 16 == 0 for place in places)
+    batch, heads, _, _ = x.shape
+    strides = x.stride()
+    counted = (0 if batch == 1 else strides[0], 0 if heads == 1 else strides[1], strides[2])
+    return all(place % 16 == 0 for place in (x.data_ptr(), *(stride * x.element_size() for stride in counted)))
 
 
 class _Launcher:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -59,10 +60,18 @@ def _cuda_library_error() -> str | None:
     return _load(CUDA_PATH, shared=Path(torch.__file__).parent / "lib" / "libtorch_cuda.so")
 
 
-def _unserved(device: torch.device) -> str | None:
+def facts() -> ModuleType | None:
+    """pyllm._C, which tells of the build; None where the libraries were carried to another Python than theirs."""
     try:
         from pyllm import _C
-    except ImportError:  # of another Python than this; the library itself refuses, then
+    except ImportError:
+        return None
+    return _C
+
+
+def _unserved(device: torch.device) -> str | None:
+    _C = facts()
+    if _C is None:  # the library itself refuses, then
         return None
     major, minor = torch.cuda.get_device_capability(device)
     if _C.cuda_serves(10 * major + minor):

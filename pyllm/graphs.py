@@ -205,7 +205,7 @@ class _Step:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            outputs = self._run(tuple(tensors))
+            outputs = self._run(_buffers(tensors))  # laid out as those of the capture, in which nothing can compile
         current.wait_stream(side)
         for leaf in tree_flatten(outputs)[0]:
             if isinstance(leaf, Tensor):

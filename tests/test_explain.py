@@ -33,6 +33,15 @@ def test_a_default_choice_says_what_it_passed_over(monkeypatch):
     assert "it was left at home" in choice.reason and "dropout mask would differ" in choice.reason
 
 
+def test_libraries_that_were_carried_to_another_python_are_explained(monkeypatch):
+    """There pyllm._C, which knows the tiles, is missing, and the kernels run."""
+    query = torch.randn(1, 2, 5, 8)
+    monkeypatch.setattr("pyllm._library.facts", lambda: None)
+    with pyllm.use_backend("native"):
+        (choice,) = pyllm.explain(ops.attention, query, query, query)
+    assert choice.kernel == "pyllm::attention_fwd"
+
+
 def test_the_kernel_and_its_tiles_are_named(target):
     backend, device = target
     query, x = torch.randn(1, 2, 5, 8, device=device), torch.randn(3, 8, device=device)

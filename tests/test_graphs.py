@@ -105,6 +105,21 @@ def test_nested_arguments_and_results(device):
     assert len(fast._kept) == 2
 
 
+def test_a_step_is_captured_as_it_was_warmed_up(device):
+    """Another layout may be another kernel, and nothing can be compiled during a capture."""
+    seen = []
+
+    def step(x: Tensor) -> Tensor:
+        seen.append((x.stride(), x.data_ptr() % 16))
+        return x * 2
+
+    fast = pyllm.graphed(step)
+    x = torch.arange(24.0, device=device)[1:].view(1, 23)[:, ::3]
+    for _ in range(graphs.WARM_UPS + 1):
+        assert torch.equal(fast(x), x * 2)
+    assert len(seen) == graphs.WARM_UPS + 1 and len(set(seen)) == 1
+
+
 def test_a_step_is_one_step_at_every_call(device):
     """As many updates as calls, warm-up and capture included, to the same weights as without a graph."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from pyllm import _library
+from pyllm import _library, replay
 from pyllm.backend import Implementation
 
 _triton = torch.library.Library("pyllm_triton", "FRAGMENT")
@@ -23,10 +23,14 @@ _native = torch.library.Library("pyllm", "IMPL")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A forward or a backward as registered operators; native is None without the compiled library."""
+    """A forward or a backward as registered operators; native is None without the compiled library.
+
+    direct: `triton` for calls that no one watches, see pyllm/replay.py.
+    """
 
     native: OpOverload | None
     triton: OpOverload
+    direct: Callable
 
 
 def kernel(module: str | Callable, mutates: Sequence[str] = ()) -> Callable[[Callable], Kernel]:
@@ -43,10 +47,15 @@ def kernel(module: str | Callable, mutates: Sequence[str] = ()) -> Callable[[Cal
         name = fake.__name__
         fake.__signature__ = _with_fields(inspect.signature(fake))
 
+        launcher = None
+
         def launch(*args):
+            nonlocal launcher
             if composed:
                 return module(torch.ops.pyllm_triton, *args)
-            return getattr(importlib.import_module(f"pyllm.kernels.{module}"), name)(*args)
+            launcher = launcher or getattr(importlib.import_module(f"pyllm.kernels.{module}"), name)
+            recorder = replay.recorder()
+            return launcher(*args) if recorder is None else recorder.run(launcher, args)
 
         _triton.define(name + torch.library.infer_schema(fake, mutates_args=mutates))
         for key in ("CPU", "CUDA"):
@@ -58,7 +67,8 @@ def kernel(module: str | Callable, mutates: Sequence[str] = ()) -> Callable[[Cal
                 _native.impl(name, lambda *args: module(torch.ops.pyllm, *args), "CPU")
             torch.library.register_fake(f"pyllm::{name}", fake)
             native = getattr(torch.ops.pyllm, name).default
-        return Kernel(native, getattr(torch.ops.pyllm_triton, name).default)
+        triton = getattr(torch.ops.pyllm_triton, name).default
+        return Kernel(native, triton, triton if composed else replay.Replayed(triton))
 
     return register
 
@@ -157,7 +167,7 @@ def if_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
 def on_kernels(
     make: Callable[..., Implementation],
     *kernels: Kernel,
-    tiles: Callable[..., str] | None = None,
+    tiles: Callable[..., str | None] | None = None,
     unfit_for_native: Callable[..., str | None] | None = None,
 ) -> dict[str, Implementation]:
     """The implementations of an operator on its registered kernels, one for each kernel backend that there is.
@@ -167,25 +177,25 @@ def on_kernels(
     cannot serve a call, or None.
     """
     unfit = {"native": unfit_for_native}
-    by_backend = {name: [getattr(k, name) for k in kernels] for name in ("native", "triton")}
+    by_backend = {"native": [k.native for k in kernels], "triton": [k.direct for k in kernels]}
     return {
-        name: replace(make(*overloads), unfit=unfit.get(name), kernel=named_kernel(name, overloads[0], tiles))
-        for name, overloads in by_backend.items()
-        if None not in overloads
+        name: replace(make(*called), unfit=unfit.get(name), kernel=named_kernel(name, getattr(kernels[0], name), tiles))
+        for name, called in by_backend.items()
+        if None not in called
     }
 
 
-def named_kernel(backend: str, fwd: OpOverload, tiles: Callable[..., str] | None) -> Callable[..., str]:
+def named_kernel(backend: str, fwd: OpOverload, tiles: Callable[..., str | None] | None) -> Callable[..., str]:
     """What `explain` calls a kernel: the operator in the dispatcher, and its tiles or instruction set."""
 
     def name(*args) -> str:
         told = [fwd.name()]
-        if backend == "native" and args[0].is_cpu:
-            from pyllm import _C
-
-            told.append(_C.cpu_isa())
-        if tiles is not None:
-            told.append(f"tiles {tiles(backend, *args)}")
+        facts = _library.facts()
+        if backend == "native" and args[0].is_cpu and facts is not None:
+            told.append(facts.cpu_isa())
+        sizes = None if tiles is None else tiles(backend, *args)
+        if sizes is not None:
+            told.append(f"tiles {sizes}")
         return ", ".join(told)
 
     return name

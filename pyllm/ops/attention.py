@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.flop_counter import register_flop_formula
 
-from pyllm import reference
+from pyllm import _library, reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.derivatives import beyond_kernels, vjp
 from pyllm.ops import _checks
@@ -415,6 +415,11 @@ def unfit_for_kernels(query: Tensor, *_) -> str | None:
     return "its kernels take a head and a head_dim of 1 at least"
 
 
+def strides_that_count(rows: Tensor) -> list[int]:
+    """Of (B, H, S, D) those of B, H and S where there is more than one."""
+    return [stride for n, stride in zip(rows.shape[:3], rows.stride()[:3], strict=True) if n != 1]
+
+
 def _unfit_for_native(*args) -> str | None:
     why = unfit_for_kernels(args[0])
     if why is not None or args[0].is_cpu:
@@ -425,20 +430,21 @@ def _unfit_for_native(*args) -> str | None:
     step, traced = 16 // call.query.element_size(), torch.compiler.is_compiling()
     for name in ("query", "key", "value"):
         rows = getattr(call, name)
-        # Dynamo does not know where a view begins; the kernels' binding looks again.
-        places = (*rows.stride()[:3], 0 if traced else rows.storage_offset())
+        # Dynamo does not know where a view begins; the kernels' binding copies what begins elsewhere.
+        places = (*strides_that_count(rows), 0 if traced else rows.storage_offset())
         if rows.stride(3) != 1 or any(place % step for place in places):
             return f"its CUDA C++ kernels copy 16 bytes at once, and rows of {name} do not begin at multiples of that"
     return None
 
 
-def _tiles(backend: str, *args) -> str:
-    """Of the forward: queries x keys, and Triton's warps and stages."""
+def _tiles(backend: str, *args) -> str | None:
+    """Of the forward: queries x keys, and Triton's warps and stages. None where pyllm._C is missing."""
     if backend == "native":
-        from pyllm import _C
-
-        query = args[0]
-        return " x ".join(map(str, _C.attention_tile() if query.is_cpu else _C.cuda_attention_tile(query.shape[-1])))
+        query, facts = args[0], _library.facts()
+        if facts is None:
+            return None
+        tile = facts.attention_tile() if query.is_cpu else facts.cuda_attention_tile(query.shape[-1])
+        return " x ".join(map(str, tile))
     from pyllm.kernels.attention import forward_tiles
 
     sizes = forward_tiles(*args[:-1])

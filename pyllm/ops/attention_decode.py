@@ -7,7 +7,7 @@ from pyllm import reference
 from pyllm.backend import Implementation, Operator, select
 from pyllm.ops import _checks
 from pyllm.ops._registration import kernel, named_kernel, needs_grad, will_change
-from pyllm.ops.attention import check_operands, options_of, score_biases, unfit_for_kernels
+from pyllm.ops.attention import check_operands, options_of, score_biases, strides_that_count, unfit_for_kernels
 from pyllm.ops.relative_bias import RelativeBias
 from pyllm.reference import DecodeCall, merged_heads, statistics_type
 
@@ -166,7 +166,8 @@ def _unfit_for_native(*args) -> str | None:
     step, traced = 16 // call.query.element_size(), torch.compiler.is_compiling()
     for name, cache in (("key_cache", call.key_cache), ("value_cache", call.value_cache)):
         # Dynamo does not know where a view begins; the kernel's binding looks again.
-        places = (cache.shape[3], *cache.stride()[:3], 0 if traced else cache.storage_offset())
+        strides = strides_that_count(cache)
+        places = (cache.shape[3], *strides, 0 if traced else cache.storage_offset())
         if cache.stride(3) != 1 or any(place % step for place in places):
             return f"its CUDA C++ kernel reads 16 bytes at once, and rows of {name} do not begin at multiples of that"
     return None
@@ -179,12 +180,12 @@ def _no_kernel(*_) -> str:
 ATTENTION_DECODE = Operator(
     "attention_decode",
     {
-        name: Implementation(kernel, unfit, kernel=named_kernel(name, kernel, None))
-        for name, kernel, unfit in (
+        name: Implementation(called, unfit, kernel=named_kernel(name, getattr(attention_decode_fwd, name), None))
+        for name, called, unfit in (
             ("native", attention_decode_fwd.native, _unfit_for_native),
-            ("triton", attention_decode_fwd.triton, unfit_for_kernels),
+            ("triton", attention_decode_fwd.direct, unfit_for_kernels),
         )
-        if kernel is not None
+        if called is not None
     }
     | {
         "torch": Implementation(_no_kernel, _no_kernel),
