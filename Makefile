@@ -2,7 +2,7 @@
 # Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, MUTANTS_ARGS, OUT, PART, GPU_ARGS.
 PYTHON ?= python3
 BIN := .venv/bin
-CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+CXX_FILES = $$(git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh')
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) csrc/cuda/instances.py
 
 .PHONY: help install demo test mutants bench lint format check-triton check-cuda gpu wheel lock clean
