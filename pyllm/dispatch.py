@@ -3,7 +3,8 @@
 A row rules calls whose first tensor has at least `width` elements in its last dimension and `elements` in all, until
 another row with the same device, operator, pass and dtype rules. pass: forward is a call in no_grad, both is one that
 a backward can follow, measured with it. ratio: rival's time over backend's in the worst case measured.
-`pyllm tune --emit` writes the rows of the machine that it runs on.
+`pyllm tune --emit` writes the rows of the machine that it runs on. Where a GPU has none, those of its architecture,
+such as sm_90, hold: estimates, with what they rest on as their source (docs/design.md).
 """
 
 import csv
@@ -33,6 +34,8 @@ class Row:
 
     def __str__(self) -> str:
         """Why the backend is the default, for `explain`."""
+        if self.device.startswith("sm_"):
+            return f"estimated for {self.device}, not measured on this device: {self.source}"
         return f"measured on {self.device}: {self.ratio:.2f} x {self.rival}'s speed or more ({self.source})"
 
 
@@ -59,8 +62,12 @@ def table() -> list[Row]:
 
 def rows(operator: str, place: torch.device, dtype: torch.dtype, direction: str) -> list[Row]:
     """The rows for an operator's calls on a device, those for the largest tensors first."""
-    key = (device_name(place), operator, direction, str(dtype).removeprefix("torch."))
-    found = [row for row in table() if (row.device, row.operator, row.direction, row.dtype) == key]
+    key = (operator, direction, str(dtype).removeprefix("torch."))
+    found = []
+    for device in filter(None, (device_name(place), architecture(place))):
+        found = found or [
+            row for row in table() if (row.device, row.operator, row.direction, row.dtype) == (device, *key)
+        ]
     return sorted(found, key=lambda row: (row.width, row.elements), reverse=True)
 
 
@@ -70,6 +77,14 @@ def device_name(place: torch.device) -> str:
         return f"{processor()}, {torch.get_num_threads()} threads"
     # A fake tensor may be on a device that this machine has not.
     return torch.cuda.get_device_name(place) if place.type == "cuda" and torch.cuda.is_available() else place.type
+
+
+def architecture(place: torch.device) -> str | None:
+    """A GPU's, such as sm_90; None without one."""
+    if place.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(place)
+    return f"sm_{major}{minor}"
 
 
 @functools.cache

@@ -49,6 +49,31 @@ def chosen(x, grad=True):
     return choice
 
 
+def test_an_architectures_estimates_hold_until_a_device_is_measured(monkeypatch):
+    def row(device, backend):
+        return dispatch.Row(device, "attention", "both", "bfloat16", 0, 0, backend, 1.1, "native", "a test")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "NVIDIA H100")
+    rows = [row("sm_90", "torch"), row("sm_100", "triton")]
+    monkeypatch.setattr(dispatch, "table", lambda: rows)
+    (found,) = dispatch.rows("attention", CUDA, torch.bfloat16, "both")
+    assert str(found) == "estimated for sm_90, not measured on this device: a test" and found.backend == "torch"
+    rows.append(row("NVIDIA H100", "native"))
+    (found,) = dispatch.rows("attention", CUDA, torch.bfloat16, "both")
+    assert found.backend == "native" and str(found).startswith("measured on NVIDIA H100: 1.10 x native's speed")
+
+
+def test_the_shipped_estimates_leave_attention_to_pytorch_where_it_serves_the_call(monkeypatch):
+    monkeypatch.setattr(dispatch, "device_name", lambda place: "NVIDIA H100")
+    monkeypatch.setattr(dispatch, "architecture", lambda place: "sm_90")
+    for dtype, backends in ((torch.bfloat16, ["torch"]), (torch.float16, ["torch"]), (torch.float32, [])):
+        for direction in ("forward", "both"):
+            assert [row.backend for row in dispatch.rows("attention", CUDA, dtype, direction)] == backends
+
+
 def test_the_table_rules_by_size_and_pass(measured):
     """The width counts first: at 39 x 100 there are rows for a smaller width with more elements."""
     measured(
