@@ -5,7 +5,9 @@ PREFERENCE. A backend asked for by name runs or raises; only the default choice 
 `explain` says why.
 """
 
+import ctypes
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -163,8 +165,26 @@ def _count(change: int) -> None:
 def _move(entered: tuple[use_backend, ...]) -> None:
     _entered.set(entered)
     _thread.name = entered[-1]._name if entered else _OUTSIDE
-    # PyTorch hands this on to the threads of a backward pass.
-    torch._C._stash_obj_in_tls("pyllm_backend", (threading.get_ident(), _thread.name))
+    _hand_on((threading.get_ident(), _thread.name))
+
+
+def _hand_on(setting: tuple[int, str | None]) -> None:
+    """To the threads of a backward pass, by PyTorch."""
+    if _TAKES_REFERENCES:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(setting))
+    torch._C._stash_obj_in_tls("pyllm_backend", setting)
+
+
+def _takes_references() -> bool:
+    """Whether PyTorch takes over the caller's reference to what it keeps for a thread, as 2.11 does."""
+    probe = object()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))  # for good: it is kept as long as the thread lives
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("pyllm_probe", probe)
+    return sys.getrefcount(probe) == before
+
+
+_TAKES_REFERENCES = _takes_references()
 
 
 def _here() -> str | None:

@@ -1,6 +1,8 @@
 """use_backend: a call sets the process's backend, a context that of its thread and task."""
 
 import asyncio
+import ctypes
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -188,6 +190,37 @@ def test_backward_passes_have_the_setting_of_the_thread_that_runs_them():
     names = [name for _, name in seen]
     assert names == ["reference"] * 71 + [None] * 71 + ["reference"] * 71 + [None] * 71
     assert len({thread for thread, _ in seen}) > 1, "all in one thread: this shows nothing"
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_what_is_handed_on_outlives_the_setting(takes, monkeypatch):
+    """PyTorch 2.11 takes over the caller's reference to it, later ones have their own."""
+    stash = torch._C._stash_obj_in_tls
+    increased = ctypes.pythonapi.Py_IncRef
+    stashed: list[object] = []
+
+    def taking(key, value):
+        stashed.append(value)
+        stash(key, value)
+
+    counted: list[int] = []
+    monkeypatch.setattr(backend, "_TAKES_REFERENCES", takes)
+    monkeypatch.setattr(ctypes.pythonapi, "Py_IncRef", lambda value: counted.append(1) or increased(value))
+    monkeypatch.setattr(torch._C, "_stash_obj_in_tls", taking)
+    with pyllm.use_backend("reference"), pyllm.use_backend("torch"):
+        pass
+    assert len(counted) == (len(stashed) if takes else 0)
+
+
+def test_whether_references_are_taken_is_known():
+    value = object()
+    held = sys.getrefcount(value)
+    if backend._TAKES_REFERENCES:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls("pyllm_test", value)
+    assert sys.getrefcount(value) == held + 1
+    torch._C._stash_obj_in_tls("pyllm_test", None)
+    assert sys.getrefcount(value) == held
 
 
 def test_recomputation_runs_on_the_backend_of_the_context():
