@@ -295,3 +295,23 @@ DECODE_CASES = [
     DecodeCase("alibi-softcap", alibi=True, options={"softcap": 2.0, "scale": 0.3}, new=2),
     DecodeCase("no-batch", lengths=()),
 ]
+
+# Every head_dim that a kernel has an instance for, and ones between: with nothing to mask, and with masks and dropout.
+HEAD_DIM_CASES = [
+    case
+    for dim in (40, 64, 72, 80, 96, 128, 192, 256)
+    for case in (
+        Case(f"head-dim-{dim}", batch=1, sq=130, sk=130, dim=dim, layout="bshd", fits_torch=True, options=CAUSAL),
+        Case(
+            f"head-dim-{dim}-masked",
+            heads=4,
+            sq=65,
+            sk=70,
+            dim=dim,
+            layout="bshd",
+            mask=(2, 1, 65, 70),
+            padding=True,
+            options=CAUSAL | BOTTOM | DROPOUT,
+        ),
+    )
+]

@@ -1,4 +1,4 @@
-"""The command line: pyllm doctor | bench | tune | report."""
+"""The command line: pyllm doctor | check | bench | tune | report."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,6 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pyllm", description=pyllm.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, what can be used, and why anything is missing")
+    _add_check(
+        commands.add_parser("check", help="compare every kernel with fp64 on this device, and keep the verdicts")
+    )
     _add_bench(commands.add_parser("bench", help="measure operators and layers against PyTorch on this machine"))
     _add_tune(
         commands.add_parser("tune", help="measure this machine's tiles for the Triton attention, or default backends")
@@ -28,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(arguments)
     if arguments.command == "tune":
         return _tune(arguments, parser)
+    if arguments.command == "check":
+        return _check(arguments, parser)
     if arguments.command == "doctor":
         from pyllm import doctor
 
@@ -41,6 +46,31 @@ def wide_console():
 
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=140)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs every kernel on small awkward calls, forward and backward, and compares them with fp64 within the error "
+        "budget. The verdicts are kept in check.json in pyllm's cache directory (XDG_CACHE_HOME), for this device, its "
+        "driver and this build: a GPU's kernels become the default by passing, and none is that fails. Exit code 1: a "
+        "kernel has failed."
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument(
+        "--backend", action="append", choices=("native", "triton", "torch"), help="default: all that can run"
+    )
+    parser.add_argument("--op", action="append", metavar="NAME", help="such as softmax; default: every operator")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+
+
+def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from pyllm import check
+
+    for name in arguments.op or ():
+        if name not in check.operators():
+            parser.error(f"--op: unknown operator {name!r}: expected {', '.join(check.operators())}")
+    device = _device(arguments, parser)
+    return check.main(wide_console(), device, arguments.backend, arguments.op, arguments.json)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
