@@ -1,6 +1,7 @@
 """The command line: pyllm doctor | check | bench | tune | report."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,6 +123,11 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     )
     widths = ("16-bit-64", "16-bit-128", "32-bit-64", "wide")
     parser.add_argument("--width", action="append", choices=widths, help="dtype and head_dim; default: all")
+    parser.add_argument("--load", action="append", choices=("plain", "busy", "distances"), help="default: all")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--candidates", type=_tiles, metavar="MxNxWARPSxSTAGES[xtma],...", help="the tiles to try")
+    which.add_argument("--short", action="store_true", help="try a few tiles of each pass: minutes in place of hours")
+    parser.add_argument("--minutes", type=float, help="begin no tile after so many")
     emit = parser.add_argument_group("the table of default backends, in place of the tiles")
     emit.add_argument("--emit", type=Path, metavar="FILE", help="measure this machine's rows of pyllm/dispatch.csv")
     emit.add_argument("--op", action="append", help="default: every operator that has a choice")
@@ -168,11 +174,20 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
+def _tiles(text: str) -> list[str]:
+    tiles = text.split(",")
+    for tile in tiles:
+        if not re.fullmatch(r"\d+x\d+x\d+x\d+(xtma)?", tile):
+            raise argparse.ArgumentTypeError(f"{tile!r}: expected a tile as in 64x128x8x3 or 64x128x8x3xtma")
+    return tiles
+
+
 def _tune(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from pyllm.benchmarks import defaults, tune
 
     if arguments.emit is None:
-        return tune.main(wide_console(), arguments.step, arguments.width)
+        which = (arguments.load, arguments.candidates, arguments.short, arguments.minutes)
+        return tune.main(wide_console(), arguments.step, arguments.width, *which)
     operators = arguments.op or defaults.OPERATORS
     for name in operators:
         if name not in defaults.OPERATORS:
