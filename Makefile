@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv with the versions of requirements.lock, and the extension, built by ninja.
-# Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, MUTANTS_ARGS, OUT, PART, GPU_ARGS.
+# Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, MUTANTS_ARGS, OUT, CALL, PART, GPU_ARGS.
 PYTHON ?= python3
 BIN := .venv/bin
 CXX_FILES = $$(git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh')
@@ -17,7 +17,7 @@ help:
 	@echo "make check-triton  compile every Triton kernel ahead of time; fail on spills"
 	@echo "make check-cuda    compile every CUDA kernel for every architecture; fail on spills"
 	@echo "make wheel         build a wheel into dist/"
-	@echo "make gpu OUT=dir   on a machine with a GPU: build, tests, sanitizer, races, benchmarks against peers"
+	@echo "make gpu OUT=dir   on a machine with a GPU: check, tests, races, sanitizer, benchmarks against peers"
 
 install: .venv/built
 
@@ -78,13 +78,8 @@ clean:
 	rm -rf build dist results .pytest_cache pyllm/*.so
 
 # Without .venv and without network: PYTHON has PyTorch, Triton and what pyproject.toml lists for builds and tests; what
-# it lacks may lie in .whl/. A build that was carried here, pyllm/*.so, is taken as it is. PART: one or more parts.
-SITE := build/site
+# it lacks may lie in .whl/. A build that was carried here, pyllm/*.so, is taken as it is. PART: one or more parts; CALL:
+# those of a short run. benchmarks/gpu.py does all of it, also where there is no make.
 OUT ?= results/gpu
-CARRIED = $(and $(wildcard pyllm/libpyllm_cpu.so),$(wildcard pyllm/libpyllm_cuda.so))
 gpu:
-	$(PYTHON) setup.py --quiet build_py --force --build-lib $(SITE)
-	$(if $(CARRIED),cp pyllm/*.so $(SITE)/pyllm/,PYLLM_CUDA=1 $(PYTHON) setup.py --quiet build_ext --build-lib $(SITE))
-	$(if $(wildcard .whl),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(SITE) .whl/*.whl)
-	cd $(SITE) && $(PYTHON) -m pyllm.benchmarks.gpu --out $(abspath $(OUT)) --root $(CURDIR) \
-	  $(addprefix --part ,$(PART)) $(GPU_ARGS)
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(addprefix --call ,$(CALL)) $(addprefix --part ,$(PART)) $(GPU_ARGS)

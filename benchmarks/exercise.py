@@ -60,8 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--quick", action="store_true", help="tiny tensors of one dtype")
+    parser.add_argument("--backend", choices=KERNEL_BACKENDS, help="default: both, where they can run")
     arguments = parser.parse_args()
-    for backend in able(arguments.device):
+    for backend in [arguments.backend] if arguments.backend else able(arguments.device):
         ran = [run(case, backend) is not None for case in cases(arguments.device, arguments.quick)]
         print(f"{backend}: {sum(ran)} of {len(ran)} cases ran")
     if arguments.device == "cuda":

@@ -1,360 +1,254 @@
-"""What a machine with a GPU can show of this project: make gpu OUT=dir.
+"""What a machine with a GPU can show of this project: make gpu OUT=dir, or without make, from the checkout,
 
-Parts run one after another, those that are likeliest to fail first, each in a process of its own; it ends within the
-limit with what it has by then. --part runs single ones, and what earlier runs left in OUT stays: gpu.json (all that was
-seen), gpu.csv (all that was timed), summary.txt, and the logs of the programs that ran. No setting of the device is
-changed.
+    python3 benchmarks/gpu.py --out DIR [--call first | timing | profile] [--part NAME ...]
+
+which needs the standard library alone to begin with: it puts a copy of the package with its compiled libraries into
+build/site, and runs the parts of gpu_parts.py there, each in a process of its own, what is worth most first. --call
+takes the parts and the minutes for one of three short loans of a machine. It ends within --minutes with what it has by
+then; whatever a part has measured is in DIR at once, and what earlier runs left there stays: gpu.jsonl and gpu.csv (all
+that was timed), gpu.json (all that was seen), summary.txt, and logs. No setting of the device is changed.
 """
 
 import argparse
+import contextlib
+import csv
 import json
 import os
-import shlex
+import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from rich.console import Console
-
-import pyllm
-from pyllm import doctor
-from pyllm.benchmarks import exercise, report, timing
-from pyllm.benchmarks.catalogue import BENCHMARKS
-from pyllm.benchmarks.measure import AUTOCAST, DTYPES, OVERHEAD_PASSES, Case, Result, first_line, measure
-
-ELEMENTS = 2**26  # of a large tensor: its bytes are several times what a cache holds
-TOKENS = 2**14
-ROW_PEERS = ("compile", "liger", "triton")
-LAYER_PEERS = ("compile", "hf", "graphed")
-ATTENTION_PEERS = ("native", "triton", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex")
-DECODING_PEERS = ("native", "triton")  # and eager: SDPA on the whole cache
-GRACE = 30  # seconds that a part may be over its limit, a long kernel or program not yet ended
-SANITIZER_TOOLS = ("memcheck", "racecheck")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a part is given. root: the checkout, for its tests. end: when the part has to be over, on time.monotonic."""
-
-    out: Path
-    root: Path
-    device: str
-    quick: bool
-    pytest_args: tuple[str, ...]
-    end: float
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-
-@dataclass
-class Report:
-    """What a part saw. state: ok, failed or skipped. rows: what was timed."""
-
-    state: str
-    lines: list[str] = field(default_factory=list)
-    rows: list[dict] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-def build(run: Run) -> Report:
-    """Whether both kernel backends can run here, and what is installed."""
-    console = Console(width=160, color_system=None)
-    with console.capture() as told:
-        doctor.main(console)
-    missing = [name for name in exercise.KERNEL_BACKENDS if name not in exercise.able(run.device)]
-    return Report("failed" if missing else "ok", [*told.get().splitlines(), *_tools()])
-
-
-def _tools() -> list[str]:
-    commands = (
-        ["nvcc", "--version"],
-        ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"],
-    )
-    lines = []
-    for command in commands:
-        if shutil.which(command[0]) is None:
-            lines.append(f"{command[0]} is not on the path")
-        else:
-            lines += subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    return lines
-
-
-def tests(run: Run) -> Report:
-    command = [sys.executable, "-m", "pytest", "-c", str(run.root / "pyproject.toml"), "--rootdir", str(run.root)]
-    return _program(run, "tests", [*command, "--tb=short", "-rf", *run.pytest_args, str(run.root / "tests")])
-
-
-def sanitizer(run: Run) -> Report:
-    """Every kernel under compute-sanitizer. PyTorch's allocator would hide what reads or writes past a tensor."""
-    tool = shutil.which("compute-sanitizer", path=os.environ["PATH"] + os.pathsep + "/usr/local/cuda/bin")
-    if tool is None:
-        return Report("skipped", ["compute-sanitizer is not on the path"])
-    both = Report("ok")
-    for name in SANITIZER_TOOLS:
-        command = [tool, "--tool", name, "--error-exitcode", "86", sys.executable, "-m", "pyllm.benchmarks.exercise"]
-        command += ["--device", run.device, *(["--quick"] if run.quick else [])]
-        one = _program(run, f"sanitizer-{name}", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        refusals = [line for line in one.lines if "Device not supported" in line]
-        if refusals:
-            return Report("skipped", refusals[:1])
-        both.lines += [f"{name}: {line}" for line in one.lines]
-        both.state = one.state if both.state == "ok" else both.state
-    return both
-
-
-def _program(run: Run, name: str, command: Sequence[str], **environment: str) -> Report:
-    """Runs a program of this project to its end or the part's; all of its output is in NAME.log."""
-    path = [str(Path(pyllm.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", **environment}
-    log = run.out / f"{name}.log"
-    with open(log, "w") as file:
-        try:
-            done = subprocess.run(
-                command, cwd=run.out, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=max(run.left(), 1)
-            )
-            ended = f"exit code {done.returncode}"
-        except subprocess.TimeoutExpired:
-            ended = "stopped: out of time"
-    lines = log.read_text(errors="replace").splitlines()
-    return Report("ok" if ended == "exit code 0" else "failed", [*lines[-40:], ended])
-
-
-def races(run: Run) -> Report:
-    """Repeated runs give the same bits, in outputs and gradients, with uninitialised memory full of NaN."""
-    repeats, compared, differing = 2 if run.quick else 20, 0, []
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        for backend in exercise.able(run.device):
-            for case in exercise.cases(run.device, run.quick):
-                if run.left() < 0:
-                    return Report("failed", [*differing, f"out of time: {compared} cases compared"])
-                first = exercise.run(case, backend)
-                if first is None:
-                    continue
-                compared += 1
-                again = (exercise.run(case, backend) for _ in range(repeats))
-                if not all(torch.equal(a, b) for results in again for a, b in zip(first, results, strict=True)):
-                    differing.append(f"{backend} {case}: runs differ")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    return Report("failed" if differing else "ok", [*differing, f"{compared} cases, {repeats} more runs of each"])
-
-
-def ceilings(run: Run) -> Report:
-    rates = {"copy": timing.copy_bandwidth(run.device, run.quick)}
-    for dtype in ("bf16", "fp32"):
-        rates[f"{dtype} matrix product"] = timing.matrix_rate(run.device, DTYPES[dtype], run.quick)
-    units = ("GB/s", *("GFLOP/s",) * 2)
-    return Report("ok", [f"{n}: {rate / 1e9:.0f} {unit}" for (n, rate), unit in zip(rates.items(), units, strict=True)])
-
-
-def norms(run: Run) -> Report:
-    """The targets' shapes first: plain norms over widths, then with addition and dropout, fp32, and small ones."""
-    planned = []
-    for name in ("rms_norm", "layer_norm"):
-        planned += _cases(name, [(ELEMENTS // n, n) for n in (1024, 2048, 4096, 8192, 16384)])
-    for name in ("add_rms_norm", "add_layer_norm"):
-        planned += _cases(name, [(ELEMENTS // 4096, 4096)])
-    for name in ("rms_norm", "layer_norm"):
-        planned += _cases(name, [(ELEMENTS // 4096, 4096)], dtype="fp32")
-    return _measured(run, planned, ROW_PEERS)
-
-
-def softmaxes(run: Run) -> Report:
-    planned = _cases("softmax", [(1, ELEMENTS // n, n) for n in (1024, 8192, 32768, 131072)], variants=[""])
-    planned += _cases("softmax", [(16, 2048, 2048)], variants=["causal"])
-    planned += _cases("log_softmax", [(1, ELEMENTS // 32768, 32768)])
-    planned += _cases("softmax", [(1, ELEMENTS // 8192, 8192)], dtype="fp32", variants=[""])
-    return _measured(run, planned, ROW_PEERS)
-
-
-def losses(run: Run) -> Report:
-    planned = _cases("cross_entropy", [(4096, 32000), (4096, 128256)], directions=("forward", "both"))
-    planned += _cases("linear_cross_entropy", [(4096, 768, 32000), (8192, 4096, 128256)], directions=("both",))
-    return _measured(run, planned, ("compile", "triton", "chunked"))
-
-
-def attention_64(run: Run) -> Report:
-    return _attention(run, 64)
-
-
-def attention_128(run: Run) -> Report:
-    return _attention(run, 128)
-
-
-def attention_256(run: Run) -> Report:
-    return _attention(run, 256)
-
-
-def _attention(run: Run, dim: int) -> Report:
-    """Lengths from 512 to 16k of as many tokens, causal and not; the targets' lengths first."""
-    shapes = [(TOKENS // n, 2048 // dim, n, dim) for n in (16384, 2048, 8192, 4096, 1024, 512)]
-    return _measured(run, _cases("attention", shapes, variants=["causal", ""]), ATTENTION_PEERS)
-
-
-def decoding(run: Run) -> Report:
-    """One token on long caches: many sequences and one, as many key heads as heads and fewer; few keys at last."""
-    shapes = [(batch, 32, kv_heads, 16384, 128) for batch in (1, 16) for kv_heads in (8, 32)]
-    shapes += [(64, 16, 16, 2048, 64), (8, 16, 2, 8192, 256), (1, 32, 8, 131072, 128), (64, 32, 8, 512, 128)]
-    return _measured(run, _cases("attention_decode", shapes), DECODING_PEERS)
-
-
-def layers(run: Run) -> Report:
-    """Training steps of full size, padded batches too; then of few tokens, end to end, where launches take the time."""
-    full = _cases("bert_layer", [(32, 512, 768)], variants=["full", "half padded", "log-normal"], directions=("both",))
-    full += _cases("gpt2_block", [(32, 512, 1024)], variants=["full", "half padded"], directions=("both",))
-    full += _cases("llama_block", [(4, 2048, 2048)], variants=["full"], directions=("both",))
-    full += _cases("t5_encoder_block", [(32, 512, 768)], variants=["full", "half padded"], directions=("both",))
-    full += _cases("t5_decoder_block", [(32, 512, 768)], variants=["full"], directions=("both",))
-    full += _cases("bert_layer", [(32, 512, 768)], AUTOCAST, ["full"], ("both", "forward"))
-    few = []
-    for name, width in (("bert_layer", 768), ("gpt2_block", 1024), ("llama_block", 2048)):
-        few += _cases(name, [(4, 256, width)], variants=["full"], directions=("both", "step"))
-    reports = [_measured(run, full, LAYER_PEERS), _measured(run, few, LAYER_PEERS, end_to_end=True)]
-    state = "failed" if any(one.state == "failed" for one in reports) else "ok"
-    return Report(state, [line for one in reports for line in one.lines], [row for one in reports for row in one.rows])
-
-
-def overhead(run: Run) -> Report:
-    """Calls from end to end: on tiny tensors, and on the largest that count as small."""
-    planned = []
-    for benchmark in exercise.BENCHMARKS:
-        planned += _cases(benchmark.name, [benchmark.tiny], directions=OVERHEAD_PASSES)
-    for name in ("rms_norm", "layer_norm"):
-        planned += _cases(name, [(1024, 1024)], directions=OVERHEAD_PASSES)
-    return _measured(run, planned, ("triton",), True, report.overhead_table)
-
-
-def defaults(run: Run) -> Report:
-    """This device's rows of the table of default backends, in OUT/dispatch.csv."""
-    command = [sys.executable, "-m", "pyllm", "tune", "--emit", str(run.out / "dispatch.csv"), "--device", run.device]
-    if run.quick:
-        command += ["--quick", "--op", "softmax", "--dtype", "fp32"]
-    return _program(run, "defaults", command)
-
-
-def _cases(
-    name: str,
-    shapes: Sequence[tuple[int, ...]],
-    dtype: str = "bf16",
-    variants: Sequence[str] | None = None,
-    directions: Sequence[str] = ("forward", "backward"),
-) -> list[Case]:
-    benchmark = BENCHMARKS[name]
-    return [
-        Case(benchmark, shape, dtype, direction, variant)
-        for shape in shapes
-        for variant in (benchmark.variants if variants is None else variants)
-        for direction in directions
-        if direction in benchmark.passes or (direction == "recorded" and "both" in benchmark.passes)
-    ]
-
-
-def _measured(
-    run: Run, planned: Sequence[Case], peers: Sequence[str], end_to_end: bool = False, table: Callable = report.table
-) -> Report:
-    """Measures the cases as far as time allows; a quick run takes one of each benchmark, tiny, and compiles nothing."""
-    if run.quick:
-        planned = list({case.benchmark.name: case for case in planned}.values())
-    results: list[Result] = []
-    missing = len(planned)
-    for case in planned:
-        if run.left() < 0:
-            break
-        missing -= 1
-        shape = case.benchmark.tiny if run.quick else case.shape
-        placed = Case(case.benchmark, shape, case.dtype, case.direction, case.variant, run.device)
-        chosen = [peer for peer in peers if not run.quick or peer not in ("compile", "flex")]
-        try:
-            results += measure(placed, None, chosen, run.quick, end_to_end)
-        except Exception as error:  # reported, and the other cases are still of use
-            results.append(Result(placed, "default", problem=first_line(error)))
-    console = Console(width=220, color_system=None)
-    with console.capture() as told:
-        console.print(table(results))
-    lines = told.get().splitlines()
-    lines += dict.fromkeys(f"not measured: {name}: {why}" for r in results for name, why in r.refused.items())
-    if missing:
-        lines.append(f"out of time: {missing} of {len(planned)} cases are missing")
-    red = any(result.problem for result in results)
-    return Report("failed" if missing or red else "ok", lines, [result.row() for result in results])
-
-
-PARTS: dict[str, Callable[[Run], Report]] = {
-    part.__name__: part
-    for part in (
-        *(build, tests, sanitizer, races, ceilings, norms, softmaxes, losses),
-        *(attention_128, attention_64, attention_256, decoding, layers, overhead, defaults),
-    )
+# Those that are likeliest to fail, or worth most, first.
+PARTS = ("build", "check", "tests", "ptxas", "races", "sanitizer", "compile", "ceilings", "attention_128", "norms")
+PARTS += ("decoding", "softmaxes", "attention_64", "losses", "layers", "attention_256", "overhead", "tune", "profile")
+PARTS += ("defaults",)
+# Minutes of a call, and of its parts.
+CALLS = {
+    "first": (7.0, {"build": 0.4, "check": 1.6, "tests": 2.6, "ptxas": 0.7, "races": 0.6, "sanitizer": 1.0}),
+    "timing": (
+        5.0,
+        {"compile": 0.8, "attention_128": 1.1, "norms": 0.9, "decoding": 0.6, "softmaxes": 0.6, "attention_64": 0.8},
+    ),
+    "profile": (2.0, {"profile": 1.8}),
 }
+GRACE = 15  # seconds that a part may be over its limit, a long kernel or program not yet ended
+MODULE = "pyllm.benchmarks.gpu_parts"
+STARTED = "it was started, and has not reported"
+PATIENCE = 8  # seconds for a process to end its own ones
 
 
-def record(out: Path, device: str, name: str, one: Report) -> None:
+# --- what was found ---
+
+
+def note(out: Path, part: str, row: dict) -> None:
+    """Keeps what was timed, at once."""
+    with open(out / "gpu.jsonl", "a") as file:
+        file.write(json.dumps({"part": part, **row}) + "\n")
+    write_csv(out)
+
+
+def rows(out: Path, part: str | None = None) -> list[dict]:
+    """What was timed, by one part or by all of them. A line that was not finished is left out."""
+    path = out / "gpu.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    return [row for row in found if part in (None, row["part"])]
+
+
+def forget(out: Path, part: str) -> None:
+    """What an earlier run of a part has timed."""
+    kept = [row for row in rows(out) if row["part"] != part]
+    (out / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def write_csv(out: Path) -> None:
+    found = rows(out)
+    with open(out / "gpu.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in found for name in row)))
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def record(out: Path, part: str, state: str, lines: Sequence[str], seconds: float, machine: dict | None = None) -> None:
     """Adds a part to gpu.json, and writes gpu.csv and summary.txt from all that are in it."""
     path = out / "gpu.json"
-    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
-    parts = {n: asdict(one) if n == name else parts[n] for n in PARTS if n == name or n in parts}
-    facts = timing.machine(device)
+    before = json.loads(path.read_text()) if path.exists() else {"machine": {}, "parts": {}}
+    timed = [{name: value for name, value in row.items() if name != "part"} for row in rows(out, part)]
+    one = {"state": state, "lines": list(lines), "rows": timed, "seconds": seconds}
+    parts = {name: one if name == part else before["parts"][name] for name in PARTS if name in {*before["parts"], part}}
+    facts = machine or before["machine"]
     path.write_text(json.dumps({"machine": facts, "parts": parts}, indent=1) + "\n")
-    report.write_rows(out / "gpu.csv", [{"part": n, **row} for n, part in parts.items() for row in part["rows"]])
-    lines = [", ".join(f"{key} {value}" for key, value in facts.items())]
-    for n, part in parts.items():
-        lines += ["", f"== {n}: {part['state']}, {part['seconds']:.0f} s", *part["lines"]]
-    (out / "summary.txt").write_text("\n".join(lines) + "\n")
+    write_csv(out)
+    told = [", ".join(f"{key} {value}" for key, value in facts.items())]
+    for name, one in parts.items():
+        told += ["", f"== {name}: {one['state']}, {one['seconds']:.0f} s", *one["lines"]]
+    (out / "summary.txt").write_text("\n".join(told) + "\n")
 
 
-def run_part(name: str, run: Run) -> Report:
-    start = time.monotonic()
+# --- processes ---
+
+
+def run_until(command: Sequence[str], seconds: float, **options) -> str:
+    """Runs a program, and ends it with all of its own after so many seconds. Returns how it ended."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
     try:
-        one = PARTS[name](run)
-    except Exception:  # reported, and the other parts are still of use
-        one = Report("failed", traceback.format_exc().splitlines())
-    one.seconds = time.monotonic() - start
-    return one
+        return f"exit code {process.wait(max(seconds, 1))}"
+    except subprocess.TimeoutExpired:
+        return "stopped: out of time"
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """The process and its group: asked first, so that it can write what it has and end those that it has started."""
+    for number, patience in ((signal.SIGINT, PATIENCE), (signal.SIGTERM, 2), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what the process has left behind
+
+
+# --- the package, as it would be installed ---
+
+
+def prepare(root: Path) -> Path:
+    """build/site with the package: of what was carried, pyllm/*.so, the libraries; built here where there are none."""
+    site = root / "build" / "site"
+    setup = [sys.executable, "setup.py", "--quiet"]
+    subprocess.run([*setup, "build_py", "--force", "--build-lib", str(site)], cwd=root, check=True)
+    carried = [root / "pyllm" / name for name in ("libpyllm_cpu.so", "libpyllm_cuda.so")]
+    if all(library.exists() for library in carried):
+        for library in (root / "pyllm").glob("*.so"):
+            shutil.copy2(library, site / "pyllm")
+        _compile_module(root, site)
+    else:
+        environment = {**os.environ, "PYLLM_CUDA": "1"}
+        subprocess.run([*setup, "build_ext", "--build-lib", str(site)], cwd=root, env=environment, check=True)
+    wheels = list(map(str, (root / ".whl").glob("*.whl")))
+    if wheels:
+        install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
+        subprocess.run([sys.executable, *install, *wheels], check=True)
+    return site
+
+
+def _compile_module(root: Path, site: Path) -> None:
+    """pyllm._C of this Python, with the facts of the carried one of another Python; the libraries are for any."""
+    target = site / "pyllm" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    others = sorted((site / "pyllm").glob("_C*.so"))
+    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if target.exists() or not others or compiler is None:
+        return  # without it the package runs, and tells less of its build
+    contents = others[0].read_bytes()
+    facts = {
+        "TORCH": rb"\0(\d+\.\d+\.\d+[+\w.]*)\0",
+        "ISAS": rb"\0(portable,[\w,]+|portable)\0",
+        "CUDA_ARCHITECTURES": rb"\0((?:sm|compute)_\d+a?(?:,(?:sm|compute)_\d+a?)*)\0",
+    }
+    found = {name: re.search(pattern, contents) for name, pattern in facts.items()}
+    defined = [f'-DPYLLM_{name}="{match[1].decode() if match else ""}"' for name, match in found.items()]
+    dims = runpy.run_path(str(root / "csrc" / "cuda" / "instances.py"))["HEAD_DIMS"]
+    defined.append(f'-DPYLLM_CUDA_HEAD_DIMS="{os.environ.get("PYLLM_CUDA_HEAD_DIMS") or ",".join(map(str, dims))}"')
+    where = "import torch; print(torch.__path__[0])"  # whose headers pybind11's are among
+    torch = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
+    includes = [f"-I{path}" for path in (root / "csrc", f"{torch}/include", sysconfig.get_path("include"))]
+    command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", *includes, *defined]
+    subprocess.run([*command, str(root / "csrc" / "module.cpp"), "-o", str(target)], check=True)
+
+
+# --- a run ---
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 where a part that ran has failed."""
-    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
+    arguments = _arguments(argv)
+    start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the part, too
+    root, out = arguments.root.resolve(), arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if not arguments.installed:
+        path = [str(prepare(root)), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+    if arguments.triton_cache:
+        environment["TRITON_CACHE_DIR"] = str(arguments.triton_cache.resolve())
+    if arguments.ptxas:
+        environment["TRITON_PTXAS_PATH"] = arguments.ptxas
+    clock = [f"{'site':14} {'':8} {time.monotonic() - start:6.1f} s"]
+    failed = False
+    minutes, limits = CALLS.get(arguments.call, (float("inf"), {}))
+    end = start + 60 * (arguments.minutes or minutes)
+    for name in arguments.part or limits or PARTS:
+        begun = time.monotonic()
+        limit = min(60 * (arguments.limit or limits.get(name, 8.5)), end - begun - GRACE)
+        if limit < 5:
+            record(out, name, "skipped", ["no time was left"], 0.0)
+            clock.append(f"{name:14} skipped")
+            continue
+        record(out, name, "failed", [STARTED], 0.0)
+        command = [sys.executable, "-m", MODULE, name, "--out", str(out), "--root", str(root)]
+        command += ["--seconds", f"{limit:.1f}", "--device", arguments.device, f"--pytest-args={arguments.pytest_args}"]
+        command += [f"--{flag}" for flag in ("quick", "few_peers") if getattr(arguments, flag)]
+        for option in ("rounds", "slot", "backend"):
+            for value in _listed(getattr(arguments, option)):
+                command += [f"--{option}", str(value)]
+        ended = run_until(command, limit + GRACE, cwd=out, env=environment)
+        seconds = time.monotonic() - begun
+        if _told(out, name)["lines"] == [STARTED]:
+            lines = [f"the process did not report: {ended}", f"{len(rows(out, name))} rows were timed before"]
+            record(out, name, "failed", lines, seconds)
+            print(f"== {name}: failed", *lines, sep="\n", flush=True)
+        failed = failed or ended != "exit code 0"
+        clock.append(f"{name:14} {_told(out, name)['state']:8} {seconds:6.1f} s of {limit:.0f}")
+    clock.append(f"{'all':14} {'':8} {time.monotonic() - start:6.1f} s of {end - start:.0f}")
+    print("", *clock, sep="\n", flush=True)
+    with open(out / "clock.txt", "a") as file:
+        file.write("\n".join([f"-- {arguments.call or 'parts'}", *clock]) + "\n")
+    return 1 if failed else 0
+
+
+def _told(out: Path, part: str) -> dict:
+    return json.loads((out / "gpu.json").read_text())["parts"][part]
+
+
+def _listed(value) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--root", type=Path, required=True, help="the checkout, whose tests are run")
-    parser.add_argument("--part", action="append", choices=PARTS, help="default: all of them, in this order")
-    parser.add_argument("--limit", type=float, default=8.5, metavar="MINUTES", help="of each part")
+    parser.add_argument("--root", type=Path, default=Path(), help="the checkout; default: the current folder")
+    parser.add_argument("--installed", action="store_true", help="run the package that is installed; build no copy")
+    parser.add_argument("--call", choices=CALLS, help="the parts and minutes of one of three short runs")
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: those of the call, or all")
+    parser.add_argument("--minutes", type=float, help="of all parts together; default: the call's, or no limit")
+    parser.add_argument("--limit", type=float, metavar="MINUTES", help="of each part; default: the call's, or 8.5")
+    parser.add_argument("--backend", action="append", help="run it by name; default: all, and the default timed")
+    parser.add_argument("--rounds", type=int, help="of a timing; default: 7, of a call 5")
+    parser.add_argument("--slot", type=float, metavar="SECONDS", help="of a timing; default: 0.05, of a call 0.01")
+    parser.add_argument("--few-peers", action="store_true", help="time none that compiles, as in a call")
+    parser.add_argument("--triton-cache", type=Path, metavar="DIR", help="of what Triton has compiled")
+    parser.add_argument("--ptxas", metavar="PATH", help="the ptxas that Triton is to use, such as nvcc's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: to see that the parts work")
     parser.add_argument("--quick", action="store_true", help="tiny tensors, few rounds: to see that the parts work")
-    parser.add_argument("--pytest-args", default="-m gpu -n 8", help="what the part `tests` runs")
-    parser.add_argument("--here", choices=PARTS, help=argparse.SUPPRESS)  # a part, in this process
+    parser.add_argument("--pytest-args", default="-m gpu -n 12", help="what the part `tests` runs")
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("this PyTorch sees no CUDA device")
-    out, limit = arguments.out.resolve(), 60 * arguments.limit
-    out.mkdir(parents=True, exist_ok=True)
-    if arguments.here:
-        options = (arguments.device, arguments.quick, tuple(shlex.split(arguments.pytest_args)))
-        run = Run(out, arguments.root.resolve(), *options, time.monotonic() + limit)
-        one = run_part(arguments.here, run)
-        record(out, arguments.device, arguments.here, one)
-        print(f"== {arguments.here}: {one.state}, {one.seconds:.0f} s", *one.lines, sep="\n", flush=True)
-        return 1 if one.state == "failed" else 0
-    failed = False
-    for name in arguments.part or PARTS:
-        command = [sys.executable, "-m", "pyllm.benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]
-        try:
-            code = subprocess.run([*command, "--here", name], timeout=limit + GRACE).returncode
-            ended = f"the process ended with exit code {code}"
-        except subprocess.TimeoutExpired:
-            code, ended = 2, "the process hung and was ended"
-        if code not in (0, 1):
-            record(out, arguments.device, name, Report("failed", [ended]))
-        failed = failed or code != 0
-    return 1 if failed else 0
+    if arguments.call:
+        arguments.rounds, arguments.slot = arguments.rounds or 5, arguments.slot or 0.01
+        arguments.few_peers = True
+    return arguments
 
 
 if __name__ == "__main__":

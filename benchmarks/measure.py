@@ -1,5 +1,6 @@
 """What a benchmark is, and how one case of it is measured: correctness first, then paired times."""
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -72,10 +73,11 @@ class Workload:
     def peer(self, name: str) -> Call | None:
         """`compile` is the eager call compiled, a backend's name is pyllm on that backend; None: there is none."""
         if name in ("compile", "flex"):
-            torch._dynamo.reset()  # or so many shapes have been compiled for that the next one is not
+            # A function stays compiled for the shapes that it has met, however many: none is compiled for again.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**16
             torch._functorch.config.donated_buffer = False  # a graph that backward runs over again keeps its buffers
         if name == "compile":
-            return torch.compile(self.calls["eager"], dynamic=False)
+            return _compiled(self.calls["eager"])
         if name in BACKENDS:
             return use_backend_in(name, self.calls["pyllm"])
         return self.late[name]() if name in self.late else self.peers.get(name)
@@ -217,12 +219,16 @@ def measure(
     peers: Sequence[str] = DEFAULT_PEERS,
     quick: bool = False,
     end_to_end: bool = False,
+    rounds: int | None = None,
+    slot: float | None = None,
 ) -> Iterator[Result]:
     """Results of a case: one, or two where the allocator matters (fresh pages, then kept ones).
 
     peers: those of Workload.peer to be timed, where the case has them. quick: to see that it works, not for numbers.
+    rounds, slot: as of timing.paired, whose own they are by default.
     """
-    timing_options = {"end_to_end": end_to_end} | ({"rounds": 3, "slot": 0.002} if quick else {})
+    asked = {"rounds": rounds, "slot": slot} | ({"rounds": 3, "slot": 0.002} if quick else {})
+    timing_options = {"end_to_end": end_to_end} | {name: value for name, value in asked.items() if value is not None}
     with use_backend(backend):
         problem = case.problem(backend)
         if problem is not None:
@@ -266,6 +272,20 @@ def measure(
             yield Result(case, ran, large and not warm, *measured, **others)
         if large:
             timing.warm_allocator(0)
+
+
+def _compiled(call: Call) -> Call:
+    """The call compiled for its shapes; a function that other workloads call as well is compiled once for a shape."""
+    if not isinstance(call, partial):
+        return torch.compile(call, dynamic=False)
+    # What a closure holds is to go with its workload.
+    compiled = torch.compile if getattr(call.func, "__closure__", ()) else _compiled_function
+    return partial(compiled(call.func, dynamic=False), *call.args, **call.keywords)
+
+
+@functools.cache
+def _compiled_function(function: Callable, dynamic: bool) -> Callable:
+    return torch.compile(function, dynamic=dynamic)
 
 
 def staged(call: Call, leaves: list[Tensor], direction: str, used: Tensor | None = None) -> Callable[[], object]:

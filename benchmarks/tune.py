@@ -6,7 +6,8 @@ Written to kernels/attention_tiles.py's cache, which its lookups prefer. Never r
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +29,15 @@ _DTYPE_AND_DIM = {
 }
 
 
+# The tiles that published attention kernels of these passes run with, and their neighbours.
+SHORT = {
+    "fwd": "128x128x8x2xtma 128x128x8x3xtma 128x64x8x3xtma 128x64x4x3xtma 64x128x4x3xtma 64x64x4x3 128x64x8x3",
+    "key": "64x128x8x2 64x64x4x2 64x64x8x2 32x128x8x2 32x128x4x2 64x128x8x3 128x128x8x2 32x64x4x2",
+    "query": "128x64x8x2 64x64x4x2 128x64x8x3 64x64x8x2 64x32x4x2 128x32x4x2 128x128x8x2",
+    "decode": "16x64x4x3 16x128x4x3 16x128x8x2 32x64x4x2 64x64x4x3 64x128x4x3",
+}
+
+
 @dataclass(frozen=True)
 class Entry:
     """What one entry of the table is for: a pass, a width and a load of attention_tiles.TILES."""
@@ -39,6 +49,10 @@ class Entry:
 
     def __str__(self) -> str:
         return f"{self.target} {self.step} {self.width} {self.load}"
+
+    def few(self) -> list[str]:
+        """The candidates of SHORT: hours for all become minutes."""
+        return [tile for tile in SHORT[self.step].split() if tile in set(self.candidates())]
 
     def candidates(self) -> Iterator[str]:
         """Tiles worth a trial; those that do not fit the card are found out by trying."""
@@ -85,11 +99,19 @@ def entries(target: str) -> list[Entry]:
     return [Entry(target, *names) for names in product]
 
 
-def best(entry: Entry, device: str, clock: Callable, refusals: tuple[type[Exception], ...]) -> tuple[str | None, float]:
+def best(
+    entry: Entry,
+    device: str,
+    clock: Callable,
+    refusals: tuple[type[Exception], ...],
+    tiles: Sequence[str] | None = None,
+    end: float = float("inf"),
+) -> tuple[str | None, float]:
     """(the fastest tile that is right, the shipped tile's time over its own); (None, 1.0) where none beats the shipped.
 
     clock(call) gives seconds. A tile that raises one of `refusals` does not fit the card; one that computes other
-    numbers than the shipped tile, beyond torch.testing's tolerances, is left out.
+    numbers than the shipped tile, beyond torch.testing's tolerances, is left out. tiles: those to try, by default all
+    candidates; none is begun after `end` on time.monotonic.
     """
     trials = attention_tiles.tuned()
     before = trials.pop(str(entry), None)
@@ -100,7 +122,9 @@ def best(entry: Entry, device: str, clock: Callable, refusals: tuple[type[Except
             shipped = min(clock(call), clock(call))
             spread = abs(clock(call) / shipped - 1.0)
             chosen, fastest = None, shipped / (1.0 + spread)
-            for tile in entry.candidates():
+            for tile in entry.candidates() if tiles is None else tiles:
+                if time.monotonic() > end:
+                    break
                 trials[str(entry)] = tile
                 try:
                     torch.testing.assert_close(call(), expected)
@@ -127,8 +151,19 @@ def save(found: dict[str, str]) -> str:
     return str(path)
 
 
-def main(console, steps: list[str] | None, widths: list[str] | None) -> int:
-    """Tunes the entries of the passes and widths named, all by default. Exit code 1 where there is nothing to tune."""
+def main(
+    console,
+    steps: list[str] | None,
+    widths: list[str] | None,
+    loads: list[str] | None = None,
+    tiles: list[str] | None = None,
+    short: bool = False,
+    minutes: float | None = None,
+) -> int:
+    """Tunes the entries of the passes, widths and loads named, all by default. Exit code 1 where it cannot.
+
+    tiles: those to try, or with `short` a few by entry; all of `Entry.candidates` by default, which takes hours.
+    """
     from rich.progress import track
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
@@ -147,10 +182,16 @@ def main(console, steps: list[str] | None, widths: list[str] | None) -> int:
     wanted = [
         e
         for e in entries(attention_tiles.target_of(device))
-        if (not steps or e.step in steps) and (not widths or e.width in widths)
+        if (not steps or e.step in steps) and (not widths or e.width in widths) and (not loads or e.load in loads)
     ]
+    wanted.sort(key=lambda e: attention_tiles.LOADS.index(e.load))  # the plain ones first, if time is short
+    end = time.monotonic() + 60 * minutes if minutes else float("inf")
     for entry in track(wanted, "tuning", console=console, transient=True):
-        tile, ratio = best(entry, "cuda", clock, (OutOfResources, CompilationError))
+        if time.monotonic() > end:
+            console.print(f"{entry}: not tried: out of time")
+            continue
+        tried = entry.few() if short else tiles
+        tile, ratio = best(entry, "cuda", clock, (OutOfResources, CompilationError), tried, end)
         console.print(f"{entry}: " + (f"{tile}, {ratio:.2f} x the shipped one's speed" if tile else "shipped"))
         if tile:
             found[str(entry)] = tile

@@ -1,8 +1,8 @@
 """Chooses the implementation of each operator call. No other file knows which backends there are.
 
 Order of precedence: `use_backend` (or PYLLM_BACKEND), then what dispatch.py's table measured on the device, then
-PREFERENCE. A backend asked for by name runs or raises; only the default choice may pass over an implementation, and
-`explain` says why.
+PREFERENCE; both of these among what verdicts.py trusts on the device. A backend asked for by name runs or raises; only
+the default choice may pass over an implementation, and `explain` says why.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, is_grad_enabled
 
-from pyllm import _library, dispatch
+from pyllm import _library, dispatch, verdicts
 from pyllm.derivatives import transformed
 
 BACKENDS = ("native", "triton", "torch", "reference")
@@ -273,11 +273,20 @@ def _composed(op: Operator, record: bool, tensor: Tensor, *args, part: str) -> C
     return getattr(implementation, part)
 
 
-# By least width and least number of elements, largest first: (backend, reason, why it can serve no such call or None)
-# in the order in which they are tried.
-Plan = tuple[tuple[int, int, tuple[tuple[str, str, str | None], ...]], ...]
+Candidate = tuple[str, str, str | None]  # backend, reason, why it can serve no such call or None
+# By least width and least number of elements, largest first: the candidates in the order in which they are tried.
+Plan = tuple[tuple[int, int, tuple[Candidate, ...]], ...]
+
+_FAILED = "it failed `pyllm check` on this device"
+_OWN = f"PyTorch's own kernels, pyllm's were never checked on this device: {verdicts.ADVICE}"
 
 _plans: dict[tuple, Plan] = {}
+
+
+def forget() -> None:
+    """Plans are worked out anew, from what is known of the kernels by then."""
+    verdicts.forget()
+    _plans.clear()
 
 
 def _plan(op: str, device: str | torch.device, dtype: torch.dtype, recorded: bool, asked: str | None) -> Plan:
@@ -295,7 +304,7 @@ _plan._dynamo_marked_constant = True
 
 
 def _make_plan(op: str, place: torch.device, dtype: torch.dtype, recorded: bool, asked: str | None) -> Plan:
-    def candidate(name: str, reason: str) -> tuple[str, str, str | None]:
+    def candidate(name: str, reason: str) -> Candidate:
         return name, reason, refusal(op, name, place, dtype)
 
     if asked is not None:
@@ -304,9 +313,24 @@ def _make_plan(op: str, place: torch.device, dtype: torch.dtype, recorded: bool,
     regions = []
     for row in dispatch.rows(op, place, dtype, "both" if recorded else "forward"):
         others = (candidate(name, "preferred next") for name in preferred if name != row.backend)
-        regions.append((row.width, row.elements, (candidate(row.backend, str(row)), *others)))
+        regions.append((row.width, row.elements, _trusted(op, place, (candidate(row.backend, str(row)), *others))))
     unmeasured = tuple(candidate(name, "preferred, not measured on this device") for name in preferred)
-    return (*regions, (0, 0, unmeasured))
+    return (*regions, (0, 0, _trusted(op, place, unmeasured)))
+
+
+def _trusted(op: str, place: torch.device, tried: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """The candidates without kernels that failed on the device; those never checked there come after PyTorch's own."""
+    if place.type == "meta":  # where nothing is computed
+        return tried
+    failed = [name for name, *_ in tried if verdicts.standing(op, name, place) == "failed"]
+    tried = tuple((name, reason, _FAILED if name in failed else why) for name, reason, why in tried)
+    waiting = [c for c in tried if c[2] is None and not verdicts.is_trusted(op, c[0], place)]
+    if not waiting:
+        return tried
+    first = [c for c in tried if c not in waiting and c[0] != "reference"]
+    first = [(name, _OWN if name == "torch" else reason, why) for name, reason, why in first]
+    unchecked = [(name, f"{reason}, never checked here: {verdicts.ADVICE}", why) for name, reason, why in waiting]
+    return (*first, *unchecked, *(c for c in tried if c[0] == "reference"))
 
 
 def _record(op: Operator, name: str, reason: str, tensor: Tensor, *args) -> None:

@@ -1,6 +1,7 @@
-"""The command line: pyllm doctor | bench | tune | report."""
+"""The command line: pyllm doctor | check | bench | tune | report."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pyllm", description=pyllm.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, what can be used, and why anything is missing")
+    _add_check(
+        commands.add_parser("check", help="compare every kernel with fp64 on this device, and keep the verdicts")
+    )
     _add_bench(commands.add_parser("bench", help="measure operators and layers against PyTorch on this machine"))
     _add_tune(
         commands.add_parser("tune", help="measure this machine's tiles for the Triton attention, or default backends")
@@ -28,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(arguments)
     if arguments.command == "tune":
         return _tune(arguments, parser)
+    if arguments.command == "check":
+        return _check(arguments, parser)
     if arguments.command == "doctor":
         from pyllm import doctor
 
@@ -41,6 +47,31 @@ def wide_console():
 
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=140)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs every kernel on small awkward calls, forward and backward, and compares them with fp64 within the error "
+        "budget. The verdicts are kept in check.json in pyllm's cache directory (XDG_CACHE_HOME), for this device, its "
+        "driver and this build: a GPU's kernels become the default by passing, and none is that fails. Exit code 1: a "
+        "kernel has failed."
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument(
+        "--backend", action="append", choices=("native", "triton", "torch"), help="default: all that can run"
+    )
+    parser.add_argument("--op", action="append", metavar="NAME", help="such as softmax; default: every operator")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+
+
+def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from pyllm import check
+
+    for name in arguments.op or ():
+        if name not in check.operators():
+            parser.error(f"--op: unknown operator {name!r}: expected {', '.join(check.operators())}")
+    device = _device(arguments, parser)
+    return check.main(wide_console(), device, arguments.backend, arguments.op, arguments.json)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +123,11 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     )
     widths = ("16-bit-64", "16-bit-128", "32-bit-64", "wide")
     parser.add_argument("--width", action="append", choices=widths, help="dtype and head_dim; default: all")
+    parser.add_argument("--load", action="append", choices=("plain", "busy", "distances"), help="default: all")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--candidates", type=_tiles, metavar="MxNxWARPSxSTAGES[xtma],...", help="the tiles to try")
+    which.add_argument("--short", action="store_true", help="try a few tiles of each pass: minutes in place of hours")
+    parser.add_argument("--minutes", type=float, help="begin no tile after so many")
     emit = parser.add_argument_group("the table of default backends, in place of the tiles")
     emit.add_argument("--emit", type=Path, metavar="FILE", help="measure this machine's rows of pyllm/dispatch.csv")
     emit.add_argument("--op", action="append", help="default: every operator that has a choice")
@@ -138,11 +174,20 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
+def _tiles(text: str) -> list[str]:
+    tiles = text.split(",")
+    for tile in tiles:
+        if not re.fullmatch(r"\d+x\d+x\d+x\d+(xtma)?", tile):
+            raise argparse.ArgumentTypeError(f"{tile!r}: expected a tile as in 64x128x8x3 or 64x128x8x3xtma")
+    return tiles
+
+
 def _tune(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from pyllm.benchmarks import defaults, tune
 
     if arguments.emit is None:
-        return tune.main(wide_console(), arguments.step, arguments.width)
+        which = (arguments.load, arguments.candidates, arguments.short, arguments.minutes)
+        return tune.main(wide_console(), arguments.step, arguments.width, *which)
     operators = arguments.op or defaults.OPERATORS
     for name in operators:
         if name not in defaults.OPERATORS:

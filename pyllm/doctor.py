@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import pyllm
-from pyllm import _library, dispatch
+from pyllm import _library, dispatch, verdicts
 from pyllm.backend import BACKENDS, backends
 
 # What kernels look for, on x86 and Arm.
@@ -23,7 +23,7 @@ FEATURES += ("amx_tile", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
 def main(console: Console) -> int:
     """Prints the report; nothing that is missing is an error, so the exit code is 0."""
     facts = Table.grid(padding=(0, 2))
-    for name, value in [*_versions(), *_compiled_part(), *_devices(), _defaults(), *_settings()]:
+    for name, value in [*_versions(), *_compiled_part(), *_devices(), _defaults(), _checked(), *_settings()]:
         facts.add_row(f"[bold]{name}[/]", escape(value))
     console.print(facts)
     usable = Table("backend", "on cpu", "on cuda", title="Backends", title_justify="left")
@@ -87,10 +87,24 @@ def _devices() -> list[tuple[str, str]]:
 
 def _defaults() -> tuple[str, str]:
     """Where the default backends are measured ones."""
-    places = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     measured = {row.device for row in dispatch.table()}
-    known = [place for place in places if dispatch.device_name(torch.device(place)) in measured]
+    known = [place for place in _places() if dispatch.device_name(torch.device(place)) in measured]
     return "defaults", f"measured on {', '.join(known)}" if known else "not measured on these devices"
+
+
+def _checked() -> tuple[str, str]:
+    """What `pyllm check` has found on these devices, with this driver and these versions."""
+    told = []
+    for place in _places():
+        found = verdicts.of(torch.device(place))
+        failed = [name for name, one in found.items() if not one["passed"]]
+        state = f"{len(found) - len(failed)} kernels passed" if found else "never checked: run `pyllm check`"
+        told.append(f"{place}: {state}" + (f", failed: {', '.join(failed)}" if failed else ""))
+    return "pyllm check", "; ".join(told)
+
+
+def _places() -> list[str]:
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
 
 
 def _cpu_flags() -> set[str]:

@@ -13,8 +13,8 @@ if len(sys.argv) > 1:
 
 import test_attention
 import test_attention_decode
-from attention_case import BOTTOM, CAUSAL, DROPOUT, Case
 
+from pyllm.attention_cases import BOTTOM, CAUSAL, DROPOUT, Case
 from pyllm.testing import check
 
 CASES = [

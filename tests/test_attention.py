@@ -5,7 +5,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-from attention_case import BOTTOM, CAUSAL, DROPOUT, Case
 from conftest import COMPARED, KERNELS, WITHOUT_TORCH
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pyllm
 from pyllm import reference
+from pyllm.attention_cases import BOTTOM, CASES, CAUSAL, DROPOUT, Case
 from pyllm.ops import attention
 from pyllm.ops._registration import draw_rng
 from pyllm.testing import DTYPES, check, evaluate, randn
@@ -25,104 +25,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-CASES = [
-    # sizes
-    Case("single", batch=3, heads=4, kv_heads=4, sq=1, sk=1),
-    Case("one-query", heads=8, kv_heads=4, sq=1, sk=130, dim=64),
-    Case("one-key", sq=65, sk=1, dim=4),
-    Case("tile-and-one", batch=1, sq=65, sk=130, dim=40, fits_torch=True),
-    Case("wide-heads", batch=1, sq=63, sk=65, dim=256),
-    Case("odd-heads", batch=1, sq=130, sk=63, dim=33, layout="bhds"),
-    Case("head-dim-1", sq=33, sk=65, dim=1),
-    Case("no-batch", batch=0),
-    Case("no-keys", sk=0, mask=(2, 1, 7, 1), mask_kind="float", options=DROPOUT),
-    Case("no-queries", sq=0, mask=(1, 2, 1, 7), mask_kind="float"),
-    # bands
-    Case("causal", batch=1, sq=200, sk=200, dim=72, fits_torch=True, options=CAUSAL),
-    Case("causal-short", sq=7, sk=65, dim=80, fits_torch=True, options=CAUSAL),
-    Case("causal-long", batch=1, sq=130, sk=63, options=CAUSAL),
-    Case("bottom-short", batch=1, sq=63, sk=130, dim=96, options=CAUSAL | BOTTOM),
-    Case("bottom-long", batch=1, sq=130, sk=63, options=CAUSAL | BOTTOM),  # the first 67 rows are empty
-    Case("window", batch=1, sq=200, sk=200, layout="bshd", options={"window": (150, 100)}),
-    Case("window-left", batch=1, sq=130, sk=65, options={"window": (33, -1)}),  # the last rows are empty
-    Case("window-beyond", batch=1, sq=130, sk=20, options={"window": (100, 3)}),  # wider than there are keys
-    Case("window-right", batch=1, sq=65, sk=130, options={"window": (-1, 3), "scale": -0.2, **DROPOUT}),
-    Case("window-bottom", batch=1, sq=65, sk=130, options={"window": (0, 0), **BOTTOM}),
-    Case(
-        "window-causal", batch=1, heads=1, kv_heads=1, sq=130, sk=200, options={"window": (70, 5), **CAUSAL, **DROPOUT}
-    ),
-    # grouped heads
-    Case("grouped", batch=1, heads=6, kv_heads=2, sq=9, sk=130, fits_torch=True),
-    Case("multi-query", heads=3, kv_heads=1, sq=33, sk=65, padding=True, options=CAUSAL | BOTTOM | DROPOUT),
-    # strides
-    Case("packed", batch=1, sq=65, sk=65, dim=128, layout="packed", fits_torch=True, options=CAUSAL),
-    Case("packed-dropout", sq=65, sk=65, layout="packed", padding=True, options=DROPOUT),
-    # boolean masks
-    Case("keys-bool", sq=33, sk=65, mask=(65,)),
-    Case("rows-bool", sk=9, mask=(7, 1), options={"scale": 2.0}),
-    Case("matrix-bool", sq=33, sk=65, mask=(33, 65), padding=True, options=CAUSAL | BOTTOM | DROPOUT),
-    Case("batch-bool", mask=(2, 1, 1, 7)),
-    Case("full-bool", sk=40, mask=(2, 2, 7, 40), options=DROPOUT | {"window": (4, 30)}),
-    Case("head-bool", mask=(1, 2, 1, 7), padding=True),
-    # added masks, with gradients
-    Case("scalar-float", mask=(1, 1), mask_kind="float", sq=33, sk=65),
-    Case("keys-float", batch=1, sq=65, sk=40, mask=(40,), mask_kind="float", options=DROPOUT),
-    Case("rows-float", batch=1, sq=40, sk=65, mask=(40, 1), mask_kind="float32", options=CAUSAL),
-    Case("matrix-float", sq=65, sk=66, mask=(65, 66), mask_kind="float32", padding=True, options=CAUSAL | DROPOUT),
-    Case("batch-float", sk=33, mask=(2, 1, 1, 33), mask_kind="float32", options=DROPOUT),
-    Case("each-row-float", sk=9, mask=(2, 2, 7, 1), mask_kind="float32", padding=True),
-    Case("each-key-float", sk=9, mask=(2, 2, 1, 9), mask_kind="float32", options=DROPOUT),
-    Case("head-float", heads=4, sq=33, mask=(1, 4, 33, 7), mask_kind="float", options={"window": (3, 3)}),
-    Case(
-        "full-float",
-        sq=33,
-        sk=65,
-        mask=(2, 2, 33, 65),
-        mask_kind="float",
-        padding=True,
-        options=BOTTOM | CAUSAL | DROPOUT,
-    ),
-    Case("frozen-float", sq=33, sk=40, mask=(2, 1, 33, 40), mask_kind="frozen", padding=True),
-    Case("lowest-float", mask=(7, 7), mask_kind="lowest"),
-    # biases by distance, softcap
-    Case("t5-encoder", heads=4, kv_heads=4, sq=65, sk=65, dim=16, relative="bidirectional"),
-    Case("t5-short", sq=5, sk=6, relative="bidirectional"),  # no two as far apart as the bias reaches
-    Case("t5-decoder", sq=33, sk=130, relative="causal", options=CAUSAL | BOTTOM | DROPOUT),
-    Case("alibi", sq=65, sk=70, alibi="head", options=CAUSAL | BOTTOM),
-    Case("alibi-batch", heads=4, kv_heads=2, sq=33, sk=40, alibi="batch", padding=True, options=DROPOUT),
-    Case("softcap", sq=65, sk=66, dim=40, options={"softcap": 2.0}),
-    Case(
-        "every-bias",
-        heads=4,
-        sq=33,
-        sk=65,
-        mask=(4, 33, 65),
-        mask_kind="float",
-        padding=True,
-        alibi="head",
-        relative="bidirectional",
-        options={"softcap": 3.0, "window": (20, 30)} | DROPOUT,
-    ),
-    # packed sequences
-    Case("varlen", lengths=((65, 65), (1, 1), (0, 0), (7, 7), (130, 130)), dim=40),
-    Case("varlen-causal", heads=4, lengths=((33, 70), (0, 5), (64, 3), (9, 0)), options=CAUSAL | BOTTOM | DROPOUT),
-    Case(
-        "varlen-every-bias",
-        lengths=((3, 3), (70, 7), (5, 40), (9, 9)),  # neither the most queries nor the most keys are the last one's
-        mask=(4, 1, 70, 40),
-        mask_kind="float",
-        padding=True,
-        relative="causal",
-        alibi="batch",
-        options={"softcap": 3.0, "window": (50, -1)} | DROPOUT,
-    ),
-    Case("varlen-empty", lengths=((0, 0),)),
-    Case("varlen-none", lengths=(), mask=(1, 1, 7, 7), mask_kind="frozen", padding=True, alibi="batch"),
-    # dropout
-    Case("dropout", batch=1, sq=66, sk=130, dim=64, options=DROPOUT),
-    Case("all-dropped", sk=40, options={"dropout_p": 1.0}),
-    Case("causal-tile-and-one", batch=1, heads=1, kv_heads=1, sq=129, sk=129, dim=16, fits_torch=True, options=CAUSAL),
-]
 BY_NAME = {case.name: case for case in CASES}
 
 

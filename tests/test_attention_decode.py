@@ -1,94 +1,15 @@
 """Decoding's contract, the same on every backend: a few queries over a cache, contiguous or paged."""
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from conftest import KERNELS, WITHOUT_TORCH
-from torch import Tensor
 
 import pyllm
 from pyllm import reference
-from pyllm.ops import RelativeBias, attention, attention_decode
+from pyllm.attention_cases import DECODE_CASES as CASES
+from pyllm.attention_cases import DecodeCase as Case
+from pyllm.ops import attention, attention_decode
 from pyllm.testing import check, randn
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call. lengths: keys that each sequence has before it; page: the size of a page, 0 for a contiguous cache."""
-
-    name: str
-    lengths: tuple[int, ...] = (5, 0, 37)
-    new: int = 1
-    heads: int = 4
-    kv_heads: int = 2
-    dim: int = 16
-    capacity: int = 64
-    page: int = 0
-    appended: bool = True
-    rotary: int = 0  # how many of the columns turn
-    relative: bool = False
-    alibi: bool = False
-    options: dict = field(default_factory=dict)
-
-    def inputs(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-        b, hkv, d = len(self.lengths), self.kv_heads, self.dim
-
-        def make(*shape):
-            return randn(*shape, dtype=dtype, device=device, grad=False)
-
-        size = (b, hkv, self.capacity, d)
-        if self.page:
-            size = (b * self.capacity // self.page + 3, hkv, self.page, d)
-        made = {"query": make(b, self.heads, self.new, d), "key_cache": make(*size), "value_cache": make(*size)}
-        if self.appended:
-            made |= {"key": make(b, hkv, self.new, d), "value": make(b, hkv, self.new, d)}
-        if self.rotary:
-            angle = torch.arange(self.capacity)[:, None] / 10.0 ** torch.linspace(0, 2, self.rotary // 2)
-            made |= {"cos": angle.cos().to(device), "sin": angle.sin().to(device)}
-        if self.relative:
-            made["table"] = make(8, self.heads)
-        if self.alibi:
-            made["alibi_slopes"] = make(b, self.heads).abs() / 8
-        return made
-
-    def call(self, query, key_cache, value_cache, cos=None, sin=None, table=None, **tensors):
-        """(out, lse, caches after the call); the tensors given stay as they are."""
-        caches = (key_cache.clone(), value_cache.clone())
-        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=query.device)
-        options = dict(self.options, rotary=None if cos is None else (cos, sin))
-        if self.page:
-            pages = torch.randperm(len(key_cache), generator=torch.Generator().manual_seed(1))
-            pages = pages[: len(self.lengths) * self.capacity // self.page].view(len(self.lengths), -1)
-            options["block_table"] = pages.to(query.device, torch.int32)
-        if table is not None:
-            options["relative_bias"] = RelativeBias(table, False, 20)
-        out, lse = attention_decode(query, *caches, lengths, return_lse=True, **tensors, **options)
-        return out, lse, *caches
-
-
-CASES = [
-    Case("one-token"),
-    Case("multi-head", kv_heads=4, dim=40),
-    Case("multi-query", heads=7, kv_heads=1, lengths=(63,), dim=128),
-    Case("long", lengths=(700, 1023), capacity=1024, heads=8, dim=64),
-    Case("few-tokens", new=5, lengths=(3, 40)),
-    Case("few-tokens-full", new=3, options={"is_causal": False}),
-    Case("cross", appended=False, new=2, lengths=(9, 64), options={"is_causal": False}),
-    Case("empty", appended=False, lengths=(0, 3)),
-    Case("empty-among-shares", appended=False, lengths=(1500, 0, 3), capacity=1536, heads=2, kv_heads=1, dim=8),
-    Case("window", lengths=(60, 20), new=2, options={"window": (9, -1)}),
-    Case(
-        "window-of-a-long-one", lengths=(1500, 0, 700), capacity=1536, heads=1, kv_heads=1, options={"window": (600, 0)}
-    ),
-    Case("paged", page=16, lengths=(5, 0, 60)),
-    Case("paged-large", page=48, capacity=96, new=3, lengths=(47, 95 - 3), dim=33),
-    Case("rotary", rotary=16, new=2),
-    Case("rotary-partial", rotary=10, dim=24, options={"rotary_interleaved": True}, page=16),
-    Case("t5", relative=True, lengths=(50, 2)),
-    Case("alibi-softcap", alibi=True, options={"softcap": 2.0, "scale": 0.3}, new=2),
-    Case("no-batch", lengths=()),
-]
 
 
 @pytest.mark.parametrize("target", KERNELS)

@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
-from attention_case import BOTTOM, CAUSAL, DROPOUT, Case
 from conftest import KERNELS, interpreted_in_ci
 
+from pyllm.attention_cases import BOTTOM, CAUSAL, DROPOUT, Case
 from pyllm.testing import DTYPES, check
 
 FEATURES = {

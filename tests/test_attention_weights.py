@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from attention_case import BOTTOM, CAUSAL, Case
 from conftest import KERNELS, WITHOUT_TORCH, interpreted_in_ci
 from torch import Tensor
 from torch_parity import pair
 
 import pyllm
+from pyllm.attention_cases import BOTTOM, CAUSAL, Case
 from pyllm.ops import RelativeBias, attention, attention_weights, merge_attention
 from pyllm.testing import check, evaluate, randn
 

@@ -8,11 +8,11 @@ import pytest
 import test_attention
 import test_attention_features
 import torch
-from attention_case import BOTTOM, CAUSAL, DROPOUT, Case
 from cuda_attention import AttentionKernels
 from cuda_host.build import HostModelError, why_not
 
 import pyllm
+from pyllm.attention_cases import BOTTOM, CAUSAL, DROPOUT, Case
 from pyllm.ops.attention import ATTENTION, _on, _unfit_for_native
 from pyllm.reference import AttentionCall, dropout_keep
 from pyllm.testing import check, randn

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_case import BOTTOM
 from torch import Tensor
 
 from pyllm import ops, reference
+from pyllm.attention_cases import BOTTOM
 from pyllm.backend import use_backend
 from pyllm.testing import randn
 

@@ -85,3 +85,35 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["tune"]) == 1
     assert "tuned on a GPU" in capsys.readouterr().out
+
+
+def test_named_tiles_alone_are_tried_and_none_after_the_time(monkeypatch, tiles_of_a_gpu):
+    """Of those that are named: the fastest. Of no time: none."""
+
+    def call():
+        return (torch.tensor(1.0),)
+
+    def seconds(_):
+        tile = tiles_of_a_gpu()
+        tried.append(tile["BLOCK_M"])
+        return 1.0 / tile["BLOCK_M"] if tile["BLOCK_M"] < 128 else 1.0
+
+    monkeypatch.setattr(tune.Entry, "call", lambda self, device: call)
+    tried = []
+    named = ["32x64x4x2", "64x64x4x2"]
+    assert tune.best(ENTRY, "cpu", seconds, (), named)[0] == "64x64x4x2"
+    assert tried[3:] == [32, 64]
+    tried.clear()
+    assert tune.best(ENTRY, "cpu", seconds, (), named, end=0.0) == (None, 1.0) and tried == [128] * 3
+
+
+@pytest.mark.parametrize("entry", [*tune.entries("sm_80"), *tune.entries("sm_90")], ids=str)
+def test_a_few_tiles_are_known_for_every_entry(entry):
+    few = entry.few()
+    assert 2 <= len(few) <= 8 and len(set(few)) == len(few) and set(few) <= set(entry.candidates())
+
+
+def test_tiles_by_name(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--candidates", "64x128"])
+    assert "'64x128': expected a tile as in 64x128x8x3" in capsys.readouterr().err
