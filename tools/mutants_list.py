@@ -234,6 +234,10 @@ NATIVE = [
 
 ROWS, SPLIT = "test_cuda_rows.py -k", "test_cuda_decode.py -k"
 CUDA = [
+    ("tests/cuda_host/executor.cpp", "first.line() != site.line() ||", "", "test_cuda_host.py -m '' -k 'barrier and two'"),
+    ("tests/cuda_host/executor.cpp", "first.column() != site.column() ||", "", "test_cuda_host.py -m '' -k 'shuffle and two'"),
+    ("tests/cuda_host/executor.cpp", "if (part.empty()) barrier.sites[warp] = site;", "barrier.sites[warp] = site;", "test_cuda_host.py -m '' -k 'barrier and two'"),
+    ("tests/cuda_host/executor.cpp", "kAdded | (others ? kMany : cluster)", "kAdded | cluster", "test_cuda_host.py -m '' -k 'atomics and other'"),
     ("csrc/cuda/attention_scores.cuh", "return sequence_of(call, low);", "return sequence_of(call, 0);", "test_cuda_attention.py -k packed_rows"),
     ("csrc/cuda/attention_rows.cuh", ".delta = delta * share}", ".delta = delta}", "test_cuda_attention.py -k large_number"),
     ("csrc/cuda/attention_rows.cuh", "other_total * exp2_approx(other_peak - shift)", "other_total", "test_cuda_attention.py -k large_number"),
