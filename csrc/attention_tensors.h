@@ -19,7 +19,7 @@ inline Tensor new_like(const Tensor& t) {
   const int64_t sizes[] = {batch, heads, length, dim};
   const int64_t strides[] = {length * heads * dim, dim, heads * dim, 1};
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(stored.get(), 4, sizes, strides, 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(stored.get(), 4, sizes, strides, 0, &made));
   return Tensor(made);
 }
 
