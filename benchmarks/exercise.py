@@ -18,12 +18,13 @@ KERNEL_BACKENDS = ("native", "triton")
 BENCHMARKS: tuple[Benchmark, ...] = tuple(
     b for module in (norm, softmax, activation, rotary, cross_entropy, attention) for b in module.BENCHMARKS
 )
-# By the number of sizes: odd widths, which misalign rows, and rows that several blocks share; tiles with a remainder.
+# By the number of sizes: odd widths, which misalign rows; rows that a block walks along (20001) and, aligned, that a
+# cluster of blocks shares (20000); tiles with a remainder, and a head_dim whose tiles have another shape (192).
 EDGES = {
-    2: ((5, 63), (33, 1000), (2, 20001)),
-    3: ((2, 5, 63), (1, 33, 1000), (1, 2, 20001)),
-    4: ((1, 2, 130, 64), (2, 1, 33, 80)),
-    5: ((2, 4, 2, 70, 64), (1, 8, 1, 2100, 96)),
+    2: ((5, 63), (33, 1000), (2, 20001), (2, 20000)),
+    3: ((2, 5, 63), (1, 33, 1000), (1, 2, 20001), (1, 2, 20000)),
+    4: ((1, 2, 130, 64), (2, 1, 33, 80), (1, 2, 70, 192)),
+    5: ((2, 4, 2, 70, 64), (1, 8, 1, 2100, 96), (1, 2, 1, 70, 192)),
 }
 
 

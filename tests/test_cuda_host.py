@@ -278,6 +278,31 @@ FAULTS = {
         "vote_any(value > 7, lane_id() < 8 ? 0xffu : mask)",
         "waits for ever; .* in vote_any of lanes 0000ffff",
     ),
+    "a shuffle in two places": (
+        block_sums,
+        "offset /= 2) sum += shuffle_xor(sum, offset);\n  if",
+        "offset /= 2) sum += lane < 16 ? shuffle_xor(sum, offset) : shuffle_xor(sum, offset);\n  if",
+        r"shuffle_xor at samples.cu:24:\d+, while lanes of its warp are in that at samples.cu:24:\d+",
+    ),
+    "a barrier in two places": (
+        block_sums,
+        "  sync_block();",
+        "  if (lane < 16) sync_block();\n  if (lane > 15) sync_block();",
+        r"sync_block at samples.cu:2[67]:\d+, while lanes of its warp are in that at samples.cu:2[67]:\d+",
+    ),
+    "a store where there are atomics of other blocks": (
+        tickets,
+        "const int ticket = atomic_add(counter, 1);",
+        "const int ticket = atomic_add(counter, 1);\n"
+        "  if (blockIdx.x == 1 && ticket % 40 == 39) store(counter, ticket + 1);",
+        "writes global memory that another cluster of blocks writes",
+    ),
+    "blocks that write to the same place": (
+        tickets,
+        "store(order + ticket,",
+        "store(order + ticket % 50,",
+        "writes global memory that another cluster of blocks writes",
+    ),
     "a source outside the mask": (half_warps, "first + 3", "19 - first", "shuffle: lane (3|19) is not in the mask"),
     "one element too many in shared memory": (block_sums, "lane < warps", "lane <= warps", "element 4 of 4 in shared"),
     "one element too many in global memory": (

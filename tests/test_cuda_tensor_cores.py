@@ -39,8 +39,7 @@ def test_the_order_of_threads_changes_nothing(samples, sample):
         sample(samples, seed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fragments_of_a_product(samples, dtype):
+def products(model, seed=0, dtype=torch.float16):
     """By the PTX ISA's formulas for mma.m16n8k16, element by element."""
     lane = torch.arange(32)[:, None]
     g, t = lane // 4, lane % 4
@@ -52,8 +51,13 @@ def test_fragments_of_a_product(samples, dtype):
     a, b, c = torch.randn(16, 16, dtype=dtype), torch.randn(16, 8, dtype=dtype), torch.randn(16, 8)
     out = c[c_row, c_column].contiguous()
     of_a, of_b = a[a_row, a_column].contiguous(), b[b_row, b_column].contiguous()
-    samples.run("run_multiply_fragments", of_a, of_b, out, int(dtype == torch.bfloat16))
+    model.run("run_multiply_fragments", of_a, of_b, out, int(dtype == torch.bfloat16), seed=seed)
     torch.testing.assert_close(out, (c + a.float() @ b.float())[c_row, c_column])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fragments_of_a_product(samples, dtype):
+    products(samples, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,27 @@ def test_rows_that_share_banks(samples):
 
 # Sample, what it loses, what it gets instead, and what is to be reported.
 FAULTS = {
+    "a product in two places": (
+        products,
+        "  multiply_add<T>(of_c, of_a, of_b[0], of_b[1]);",
+        "  if (lane < 16) multiply_add<T>(of_c, of_a, of_b[0], of_b[1]);\n"
+        "  if (lane > 15) multiply_add<T>(of_c, of_a, of_b[0], of_b[1]);",
+        r"multiply_add at tensor_samples.cu:1[67]:\d+, while lanes of its warp are in that at tensor_samples.cu:1[67]",
+    ),
+    "matrices in two places": (
+        matrices,
+        "  load_matrices<TRANSPOSED>(rows, lane * pitch, matrices);",
+        "  lane % 2 ? load_matrices<TRANSPOSED>(rows, lane * pitch, matrices)\n"
+        "           : load_matrices<TRANSPOSED>(rows, lane * pitch, matrices);",
+        r"load_matrices at tensor_samples.cu:3\d:\d+, while lanes of its warp are in that at tensor_samples.cu:3",
+    ),
+    "a source that changes while it is copied": (
+        neighbours,
+        "    copy(tile + 1);\n",
+        "    copy(tile + 1);\n"
+        "    if (tile + 1 < tiles) store(const_cast<float*>(x) + 2 * ((tile + 1) * threads + lane), 9.0f);\n",
+        "waits for an asynchronous copy of global memory that has changed",
+    ),
     "no wait for a copy": (
         neighbours,
         "    wait_copies<1>();\n",

@@ -126,6 +126,18 @@ def test_rounds_slots_backends_and_peers_are_obeyed(run, monkeypatch):
     assert all(arguments[2:] == (peers[arguments[1]], False, False, 3, 0.5) for arguments in asked)
 
 
+def test_the_exercise_takes_every_way_of_the_kernels():
+    shapes = {(case.benchmark.name, case.dtype): [] for case in exercise.cases("cuda")}
+    for case in exercise.cases("cuda"):
+        shapes[case.benchmark.name, case.dtype].append(case.shape)
+    for name in ("layer_norm", "add_rms_norm", "softmax"):
+        widths = {shape[-1] for shape in shapes[name, "bf16"]}
+        assert any(width > 16384 and width % 8 == 0 for width in widths)  # held by a cluster of blocks
+        assert any(width > 16384 and width % 8 != 0 for width in widths)
+    for name in ("attention", "attention_decode"):
+        assert {shape[-1] for shape in shapes[name, "bf16"]} >= {64, 192}
+
+
 def test_runs_that_differ_are_found(run, monkeypatch):
     monkeypatch.setattr(exercise, "run", lambda case, backend: [gpu_parts.torch.rand(3)])
     one = gpu_parts.races(run)

@@ -234,6 +234,17 @@ NATIVE = [
 
 ROWS, SPLIT = "test_cuda_rows.py -k", "test_cuda_decode.py -k"
 CUDA = [
+    ("tests/cuda_host/executor.cpp", "first.line() != site.line() ||", "", "test_cuda_host.py -m '' -k 'barrier and two'"),
+    ("tests/cuda_host/executor.cpp", "first.column() != site.column() ||", "", "test_cuda_host.py -m '' -k 'shuffle and two'"),
+    ("tests/cuda_host/executor.cpp", "if (part.empty()) barrier.sites[warp] = site;", "barrier.sites[warp] = site;", "test_cuda_host.py -m '' -k 'barrier and two'"),
+    ("tests/cuda_host/executor.cpp", "kAdded | (others ? kMany : cluster)", "kAdded | cluster", "test_cuda_host.py -m '' -k 'atomics and other'"),
+    ("csrc/cuda/attention_scores.cuh", "packed_slot(slot, count + 1, size,", "packed_slot(slot, count, size,", "test_packed_tail.py -k host_model"),
+    ("csrc/cuda/attention_scores.cuh", "last ? call.sk : load(call.cu_k + index + 1)", "load(call.cu_k + (last ? index : index + 1))", "test_packed_tail.py -k host_model"),
+    ("csrc/cuda/attention_forward.cuh", "if (place.sequence == call.count) s.sk = 0;", "", "test_packed_tail.py -k host_model"),
+    ("csrc/cuda/attention_backward.cuh", "if (place.sequence == call.count) keys.s.sq = 0;", "", "test_packed_tail.py -k host_model"),
+    ("csrc/cuda/attention.h", "cu_q != nullptr ? 1 : 0", "cu_q != nullptr ? 0 : 0", "test_packed_tail.py -k host_model"),
+    ("csrc/cpu/attention.cpp", "  zero_from(dvalue, call.key_end);\n", "", "test_packed_tail.py -k on_the_cpu"),
+    ("csrc/cpu/attention.cpp", "query_end = sequences.empty() ? 0 :", "query_end = sequences.empty() ? query.size(2) :", "test_packed_tail.py -k any_sequence_on_the_cpu"),
     ("csrc/cuda/attention_scores.cuh", "return sequence_of(call, low);", "return sequence_of(call, 0);", "test_cuda_attention.py -k packed_rows"),
     ("csrc/cuda/attention_rows.cuh", ".delta = delta * share}", ".delta = delta}", "test_cuda_attention.py -k large_number"),
     ("csrc/cuda/attention_rows.cuh", "other_total * exp2_approx(other_peak - shift)", "other_total", "test_cuda_attention.py -k large_number"),

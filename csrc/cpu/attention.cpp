@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -33,14 +34,14 @@ OptionalTensor with_readable_columns(const OptionalTensor& mask) {
   return readable ? mask : OptionalTensor(torch::stable::contiguous(*mask));
 }
 
-// Where the packed sequences begin among `rows` rows, and the end.
+// Where the packed sequences begin among `rows` rows, and the last one's end.
 const int32_t* bounds_of(const OptionalTensor& cu_seqlens, int64_t count, int64_t rows) {
   STD_TORCH_CHECK(cu_seqlens.has_value() && cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
                       cu_seqlens->size(0) == count + 1,
                   "pyllm: attention's cu_seqlens_q and cu_seqlens_k must be int32 and of one length");
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens->data_ptr());
-  STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] == rows && std::is_sorted(bounds, bounds + count + 1),
-                  "pyllm: attention's cu_seqlens must go from 0 up to the number of rows, never decreasing");
+  STD_TORCH_CHECK(bounds[0] == 0 && bounds[count] <= rows && std::is_sorted(bounds, bounds + count + 1),
+                  "pyllm: attention's cu_seqlens must go from 0 up to at most the number of rows, never decreasing");
   return bounds;
 }
 
@@ -86,6 +87,7 @@ struct Call {
   OptionalTensor mask, padding, distance_bias, slopes;
   Tensor panels;
   std::vector<Sequence> sequences;
+  int64_t query_end, key_end;  // of the sequences: rows from there on belong to none
   Attention args;
 
   Call(const AttentionArguments& given, Keys Attention::* summed)
@@ -100,6 +102,12 @@ struct Call {
     STD_TORCH_CHECK(query.dim() == 4 && given.key.scalar_type() == query.scalar_type() &&
                         given.value.scalar_type() == query.scalar_type() && query.size(1) % key.size(1) == 0,
                     "pyllm: attention's query, key and value must have 4 dimensions, one dtype and heads that divide");
+    query_end = query.size(2);
+    key_end = key.size(2);
+    if (given.cu_seqlens_q.has_value()) {
+      query_end = sequences.empty() ? 0 : sequences.back().query + sequences.back().sq;
+      key_end = sequences.empty() ? 0 : sequences.back().key + sequences.back().sk;
+    }
     int64_t longest_q = 0, longest_k = 0;
     for (const Sequence& sequence : sequences) {
       longest_q = std::max(longest_q, sequence.sq);
@@ -161,6 +169,21 @@ struct Call {
   }
 };
 
+// Rows of (1, H, S, D), as new_like stores them, that belong to no packed sequence.
+void zero_from(Tensor& t, int64_t row) {
+  const int64_t bytes = t.size(1) * t.size(3) * t.element_size();
+  if (row < t.size(2)) std::memset(static_cast<char*>(t.data_ptr()) + row * bytes, 0, (t.size(2) - row) * bytes);
+}
+
+// Likewise of (1, H, S) log-sum-exps.
+void empty_from(Tensor& lse, int64_t row) {
+  constexpr double kNothing = -std::numeric_limits<double>::infinity();
+  for (int64_t head = 0; head < lse.size(1); ++head)
+    for (int64_t i = head * lse.size(2) + row; i < (head + 1) * lse.size(2); ++i)
+      lse.scalar_type() == ScalarType::Double ? static_cast<double*>(lse.data_ptr())[i] = kNothing
+                                              : static_cast<float*>(lse.data_ptr())[i] = static_cast<float>(kNothing);
+}
+
 std::tuple<Tensor, Tensor> forward(const AttentionArguments& given) {
   const Call call(given, &Attention::value);
   const Attention& args = call.args;
@@ -176,6 +199,8 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& given) {
                                .block_count = static_cast<int64_t>(blocks.size())};
   run_tasks(call.in_pairs() ? pick_attention_fwd_pairs() : pick_attention_fwd(), tasks, args.heads * tasks.block_count,
             call.work());
+  zero_from(out, call.query_end);
+  empty_from(lse, call.query_end);
   return {out, lse};
 }
 
@@ -256,6 +281,10 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
     parallel_for(0, args.kv_heads * keys, rows_per_task(args.dim),
                  [&, kernel = pick_attention_key_gradient()](int64_t begin, int64_t end) { kernel(sums, begin, end); });
   }
+
+  zero_from(dquery, call.query_end);
+  zero_from(dkey, call.key_end);
+  zero_from(dvalue, call.key_end);
 
   Tensor dbias = bias_gradient ? uninitialised(*distance_bias, distance_bias->sizes()) : uninitialised(query, {0});
   if (bias_gradient) {

@@ -140,8 +140,8 @@ AttentionGradients backward(const AttentionGradientArguments& given) {
   Tensor dmask = given.mask_gradient ? uninitialised(*mask, mask->sizes()) : uninitialised(query, {0});
   Tensor dbias = given.bias_gradient ? uninitialised(*bias, bias->sizes()) : uninitialised(query, {0});
 
-  const cuda::BackwardPlan plan = cuda::plan_backward(args.count, args.sk, args.kv_heads, args.dim, call.is_packed,
-                                                      given.deterministic, call.place.device());
+  const cuda::BackwardPlan plan = cuda::plan_backward(args.sequences(), args.sk, args.kv_heads, args.dim,
+                                                      call.is_packed, given.deterministic, call.place.device());
   const int64_t rows = lse.numel(), parts = int64_t{plan.lines} * plan.blocks;
   Tensor statistics = uninitialised(query, {rows, 2}, ScalarType::Float);
   Tensor dquery_sums = uninitialised(query, {plan.shares, query.numel()}, ScalarType::Float);

@@ -33,6 +33,9 @@ struct Attention {
   const float* slopes;  // (sequences or 1, H)
   int slopes_sequence;
 
+  // Of packed ones with one more: the rows behind the last, queries that see no key and keys that no query sees.
+  int sequences() const { return count + (cu_q != nullptr ? 1 : 0); }
+
   bool adds_mask() const { return mask.data && mask.data.dtype != DType::boolean; }
 
   // Whether the plain kernels, of band and padding only, cannot serve it: they take the largest product for the largest

@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
                   .key_tile = place.tile * kKeyTile,
                   .of_head = of_head,
                   .share = in_line};
+    if (place.sequence == call.count) keys.s.sq = 0;
     const Sequence& s = keys.s;
     if (keys.key_tile >= s.sk) continue;
     if constexpr (FULL) keys.dropout = seeded(call.dropout, call.rng);

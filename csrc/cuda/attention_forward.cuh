@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
   const int in_order = static_cast<int>(blockIdx.x) % args.slots;
   const int slot = call.right < 0 ? in_order : args.slots - 1 - in_order;
   const Slot place = slot_at(slot, call.cu_q, call.count, call.sq, kQueries);
-  const Sequence s = sequence_of(call, place.sequence);
+  Sequence s = sequence_of(call, place.sequence);
+  if (place.sequence == call.count) s.sk = 0;
   const int first = place.tile * kQueries, rows = min(kQueries, s.sq - first);
   if (rows <= 0) return;
   const int key_head = head / (call.heads / call.kv_heads), last = first + rows - 1;
@@ -255,7 +256,7 @@ template <class T, int D, bool FULL>
 void attention_forward(AttentionForward args, Stream stream) {
   constexpr ForwardTile kTile = forward_tile(D, FULL);
   const Attention& call = args.call;
-  const int64_t slots = slots_of(call.count, call.sq, kTile.queries, call.cu_q != nullptr);
+  const int64_t slots = slots_of(call.sequences(), call.sq, kTile.queries, call.cu_q != nullptr);
   args.slots = static_cast<int>(slots);
   if (slots * call.heads > 0)
     launch(attention_forward_tile<T, D, FULL>,

@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(kFarRowsThreads, 1)
   const int head = static_cast<int>(row / call.sq % call.heads);
   const Sequence s = sequence_at(call, static_cast<int>(row / call.sq / call.heads), static_cast<int>(row % call.sq));
   const int query = static_cast<int>(row % call.sq) - s.query;
-  if (query >= s.sq) return;  // behind the last packed one
   const int key_head = head / (call.heads / call.kv_heads);
   const Range seen = keys_seen(call, s, query, query);
   const Scoring<T> scoring(call, s, head);

@@ -14,8 +14,9 @@ __device__ inline Sequence sequence_of(const Attention& call, int index) {
     s.batch = 0;
     s.query = load(call.cu_q + index);
     s.key = load(call.cu_k + index);
-    s.sq = load(call.cu_q + index + 1) - s.query;
-    s.sk = load(call.cu_k + index + 1) - s.key;
+    const bool last = index == call.count;  // behind the sequences: the caller empties a side of it
+    s.sq = (last ? call.sq : load(call.cu_q + index + 1)) - s.query;
+    s.sk = (last ? call.sk : load(call.cu_k + index + 1)) - s.key;
   }
   if (call.bottom_right) s.shift = s.sk - s.sq;
   return s;
@@ -32,9 +33,10 @@ __device__ inline Sequence sequence_at(const Attention& call, int batch, int row
   return sequence_of(call, low);
 }
 
-// bounds: null, or of the packed sequences. length, size: rows of a sequence that is not packed, and of a tile.
+// bounds: null, or of the `count` packed sequences, behind which there is one more. length, size: rows of a sequence
+// that is not packed, and of a tile.
 __device__ inline Slot slot_at(int slot, const int32_t* bounds, int count, int length, int size) {
-  if (bounds != nullptr) return packed_slot(slot, count, size, [&](int i) { return load(bounds + i); });
+  if (bounds != nullptr) return packed_slot(slot, count + 1, size, [&](int i) { return load(bounds + i); });
   const int tiles = (length + size - 1) / size;
   return {slot / tiles, slot % tiles};
 }

@@ -112,7 +112,7 @@ const char* attention_backward(CALL_PARAMETERS, void* dout, const float* dlse, v
         .dquery = dquery_sums,
         .dquery_share = 0,
         .dbias = dbias_sums,
-        .plan = cuda::plan_backward(args.count, args.sk, args.kv_heads, args.dim, args.cu_q != nullptr,
+        .plan = cuda::plan_backward(args.sequences(), args.sk, args.kv_heads, args.dim, args.cu_q != nullptr,
                                     deterministic != 0, {.processors = static_cast<int>(processors)})};
     const cuda::BackwardPlan& plan = backward.plan;
     if (plan.shares > shares || plan.lines * plan.blocks > parts) throw std::runtime_error("more sums than room");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <deque>
 #include <utility>
 #include <vector>
@@ -11,23 +12,29 @@ namespace pyllm::cuda_host {
 
 class Copies {
  public:
-  void begin(size_t offset, const void* value, size_t bytes) {
-    const char* first = static_cast<const char*>(value);
-    open_.push_back({offset, std::vector<char>(first, first + bytes)});
+  // from: null for zeros
+  void begin(size_t offset, const void* from, size_t bytes) {
+    const char* first = static_cast<const char*>(from);
+    open_.push_back(
+        {offset, first, from == nullptr ? std::vector<char>(bytes) : std::vector<char>(first, first + bytes)});
   }
 
   void commit() { groups_.push_back(std::exchange(open_, {})); }
 
-  // Ends all groups but the last `left`: ended(offset, bytes) for each of their copies.
+  // Ends all groups but the last `left`: ended(offset, bytes, whether they are still what is at `from`) for each of
+  // their copies.
   template <class Ended>
   void wait(int left, Ended&& ended) {
     for (; static_cast<int>(groups_.size()) > left; groups_.pop_front())
-      for (const Copy& copy : groups_.front()) ended(copy.offset, copy.bytes);
+      for (const Copy& copy : groups_.front())
+        ended(copy.offset, copy.bytes,
+              copy.from == nullptr || std::memcmp(copy.from, copy.bytes.data(), copy.bytes.size()) == 0);
   }
 
  private:
   struct Copy {
     size_t offset;
+    const char* from;
     std::vector<char> bytes;
   };
   std::vector<Copy> open_;

@@ -50,6 +50,7 @@ struct Thread {
 struct Barrier {
   int expected = 0;
   std::map<int, std::vector<Thread*>> parts;  // of warps, which arrive as a whole
+  std::map<int, Site> sites;                  // where each of them does
   std::vector<Thread*> arrived;
 };
 
@@ -79,8 +80,10 @@ struct Buffer {
   size_t bytes;
   char* mapping;
   size_t mapped;
-  std::vector<bool> written;  // in this launch
+  std::vector<uint32_t> writers;  // of each byte in this launch: 0, or a cluster's number from 1 on (kMany: several)
 };
+
+constexpr uint32_t kAdded = 1u << 31, kMany = kAdded - 1;  // kAdded: only by atomics
 
 class Random {
  public:
@@ -299,7 +302,7 @@ void run(const void* kernel, const Launch& shape, const std::function<void()>& b
   if (shape.grid % shape.cluster != 0) refuse("the grid is not a multiple of the cluster");
   blockDim = dim3(shape.block);
   gridDim = dim3(static_cast<unsigned>(shape.grid));
-  for (Buffer& buffer : buffers) buffer.written.assign(buffer.bytes, false);
+  for (Buffer& buffer : buffers) buffer.writers.assign(buffer.bytes, 0);
 
   std::vector<int64_t> clusters(shape.grid / shape.cluster);
   std::iota(clusters.begin(), clusters.end(), int64_t{0});
@@ -326,10 +329,19 @@ void check_global(const void* pointer, size_t bytes, Use use) {
   for (Buffer& buffer : buffers) {
     const ptrdiff_t offset = static_cast<const char*>(pointer) - buffer.begin;
     if (offset < 0 || offset + bytes > buffer.bytes) continue;
-    const auto first = buffer.written.begin() + offset;
-    if (use == Use::write) std::fill_n(first, bytes, true);
-    if (use == Use::read_only && std::find(first, first + bytes, true) != first + bytes)
-      fail("loads as read-only what its kernel has written");
+    const uint32_t cluster = 1 + current->block->index / static_cast<int64_t>(blocks.size());
+    for (size_t i = offset; i < offset + bytes; ++i) {
+      uint32_t& writer = buffer.writers[i];
+      if (writer != 0 && use == Use::read_only) fail("loads as read-only what its kernel has written");
+      // No barrier orders them.
+      const bool others = writer != 0 && (writer & ~kAdded) != cluster;
+      const bool added = writer == 0 || (writer & kAdded) != 0;
+      if (others && !(added && use == Use::add))
+        fail(std::string(use == Use::read ? "reads" : "writes") +
+             " global memory that another cluster of blocks writes");
+      if (use == Use::write) writer = cluster;
+      if (use == Use::add && added) writer = kAdded | (others ? kMany : cluster);
+    }
     return;
   }
   fail("accesses global memory outside all buffers");
@@ -345,22 +357,41 @@ void write_shared(int rank, size_t offset, const void* value, size_t bytes) {
   check(shared_memory_of(rank).write(current->observer, offset, value, bytes));
 }
 
-void begin_copy(size_t offset, const void* value, size_t bytes) {
+void begin_copy(size_t offset, const void* from, size_t bytes) {
   check(current->block->shared.begin_copy(current->observer, offset, bytes));
-  current->copies.begin(offset, value, bytes);
+  current->copies.begin(offset, from, bytes);
 }
 
 void commit_copies() { current->copies.commit(); }
 
 void wait_for_copies(int groups) {
-  current->copies.wait(groups, [&](size_t offset, const std::vector<char>& bytes) {
+  current->copies.wait(groups, [&](size_t offset, const std::vector<char>& bytes, bool same) {
+    if (!same) fail("waits for an asynchronous copy of global memory that has changed since the copy began");
     current->block->shared.end_copy(current->observer, offset, bytes.data(), bytes.size());
   });
 }
 
 // --- barriers ---
 
-void sync_block(int number, int count) {
+namespace {
+
+std::string described(const Site& site) {
+  const std::string file = site.file_name();
+  return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(site.line()) + ":" +
+         std::to_string(site.column());
+}
+
+// Lanes must not meet from two places of the source: mma.sync, ldmatrix and bar.sync are undefined then, and lanes that
+// diverged rarely mean to shuffle. Instances of a template are one place.
+void check_one_site(const char* name, const Site& first, const Site& site) {
+  if (first.line() != site.line() || first.column() != site.column() ||
+      std::strcmp(first.file_name(), site.file_name()) != 0)
+    fail(std::string(name) + " at " + described(site) + ", while lanes of its warp are in that at " + described(first));
+}
+
+}  // namespace
+
+void sync_block(int number, int count, const Site& site) {
   Barrier& barrier = current->block->barriers[number];
   const int block = static_cast<int>(blockDim.x), warp = current->index / kWarp;
   if (count < 1 || count > block || (count != block && count % kWarp != 0))
@@ -369,17 +400,20 @@ void sync_block(int number, int count) {
     fail("arrives at a barrier with another number of threads than those before it");
   barrier.expected = count;
   std::vector<Thread*>& part = barrier.parts[warp];
+  const char* name = number == 0 ? "sync_block" : "sync_named";
+  if (part.empty()) barrier.sites[warp] = site;
+  check_one_site(name, barrier.sites[warp], site);
   part.push_back(current);
   if (static_cast<int>(part.size()) == lanes_of_warp(warp)) {
     barrier.arrived.insert(barrier.arrived.end(), part.begin(), part.end());
     barrier.parts.erase(warp);
   }
   if (static_cast<int>(barrier.arrived.size()) == count) meet(std::exchange(barrier.arrived, {}));
-  pause(number == 0 ? "sync_block" : "sync_named");
+  pause(name);
 }
 
-std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, const void* value, size_t bytes,
-                                             bool orders_memory) {
+std::shared_ptr<const Collective> meet_lanes(const char* name, const Site& site, unsigned mask, const void* value,
+                                             size_t bytes, bool orders_memory) {
   const int warp = current->index / kWarp, lane = current->index % kWarp;
   const int lanes = lanes_of_warp(warp);
   if ((mask >> lane & 1) == 0) fail(std::string(name) + ": the mask is without the lane that calls");
@@ -389,10 +423,11 @@ std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, co
     return other->mask == mask && std::strcmp(other->name, name) == 0;
   });
   if (found == open.end()) {
-    open.push_back(std::make_shared<Collective>(Collective{.name = name, .mask = mask, .values = {}}));
+    open.push_back(std::make_shared<Collective>(Collective{.name = name, .site = site, .mask = mask, .values = {}}));
     found = open.end() - 1;
   }
   const std::shared_ptr<Collective> collective = *found;
+  check_one_site(name, collective->site, site);
   std::memcpy(collective->values[lane], value, bytes);
   collective->arrived |= 1u << lane;
   if (collective->arrived == mask) {
@@ -409,9 +444,9 @@ std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, co
 namespace {
 
 // The cluster's barrier is arrived at, and waited for, by warps as a whole.
-void wait_for_warp(const char* name) {
+void wait_for_warp(const char* name, const Site& site) {
   const unsigned lanes = lanes_of_warp(current->index / kWarp);
-  meet_lanes(name, ~0u >> (kWarp - lanes), name, 0, false);
+  meet_lanes(name, site, ~0u >> (kWarp - lanes), name, 0, false);
 }
 
 }  // namespace
@@ -419,9 +454,9 @@ void wait_for_warp(const char* name) {
 int cluster_rank() { return current->block->rank; }
 int cluster_size() { return static_cast<int>(blocks.size()); }
 
-void arrive_at_cluster() {
+void arrive_at_cluster(const Site& site) {
   if (current->cluster_phase >= 0) fail("arrives at the cluster's barrier twice without a wait");
-  wait_for_warp("cluster_arrive");
+  wait_for_warp("cluster_arrive", site);
   current->cluster_phase = cluster_barrier.phase;
   cluster_barrier.meeting.join(current->observer);
   if (++cluster_barrier.arrived < static_cast<int>(threads.size())) return;
@@ -431,9 +466,9 @@ void arrive_at_cluster() {
   for (Thread* thread : std::exchange(cluster_barrier.waiting, {})) ready.push_back(thread);
 }
 
-void wait_for_cluster() {
+void wait_for_cluster(const Site& site) {
   if (current->cluster_phase < 0) fail("waits for the cluster's barrier without arriving at it");
-  wait_for_warp("cluster_wait");
+  wait_for_warp("cluster_wait", site);
   if (current->cluster_phase == cluster_barrier.phase) {
     cluster_barrier.waiting.push_back(current);
     pause("cluster_wait");

@@ -6,6 +6,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <source_location>
 #include <string>
 
 namespace pyllm::cuda {
@@ -23,38 +24,42 @@ void run(const void* kernel, const cuda::Launch& shape, const std::function<void
 // Ends the launch with an error of this thread.
 [[noreturn]] void fail(const std::string& what);
 
-enum class Use { read_only, read, write };
+// Where the kernel calls what a warp's lanes must call together: the default of a last argument, which callers leave.
+using Site = std::source_location;
+
+enum class Use { read_only, read, write, add };
 void check_global(const void* pointer, size_t bytes, Use use);
 
 size_t shared_size();
 void read_shared(int rank, size_t offset, void* out, size_t bytes);
 void write_shared(int rank, size_t offset, const void* value, size_t bytes);
 
-// Asynchronous copies to the block's shared memory, of the bytes at `value`: begun, committed as a group, waited for
-// until all groups but the last `groups` are there.
-void begin_copy(size_t offset, const void* value, size_t bytes);
+// Asynchronous copies to the block's shared memory, of the bytes at `from`, zeros if that is null: begun, committed as
+// a group, waited for until all groups but the last `groups` are there.
+void begin_copy(size_t offset, const void* from, size_t bytes);
 void commit_copies();
 void wait_for_copies(int groups);
 
 // Barrier 0 is that of all threads.
-void sync_block(int barrier, int threads);
+void sync_block(int barrier, int threads, const Site& site);
 
 inline constexpr int kLaneBytes = 24;  // that a lane can bring
 
 // What the lanes of a mask bring to an operation of a warp.
 struct Collective {
   const char* name;
+  Site site;
   unsigned mask, arrived = 0;
   alignas(8) unsigned char values[32][kLaneBytes];
 };
 // Returns when all lanes of the mask have called it.
-std::shared_ptr<const Collective> meet_lanes(const char* name, unsigned mask, const void* value, size_t bytes,
-                                             bool orders_memory);
+std::shared_ptr<const Collective> meet_lanes(const char* name, const Site& site, unsigned mask, const void* value,
+                                             size_t bytes, bool orders_memory);
 
 int cluster_rank();
 int cluster_size();
-void arrive_at_cluster();
-void wait_for_cluster();
+void arrive_at_cluster(const Site& site);
+void wait_for_cluster(const Site& site);
 
 // --- an entry point's body: returns null, or what it threw, for Python to raise ---
 

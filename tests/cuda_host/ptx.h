@@ -44,7 +44,7 @@ void store(T* pointer, const std::type_identity_t<T>& value) {
 // atom.add
 template <class T>
 T atomic_add(T* pointer, std::type_identity_t<T> value) {
-  host::check_global(pointer, sizeof(T), host::Use::write);
+  host::check_global(pointer, sizeof(T), host::Use::add);
   return std::exchange(*pointer, *pointer + value);
 }
 
@@ -125,9 +125,9 @@ T value_of(const host::Collective& collective, int lane) {
 
 // shfl.sync: the result is undefined where the source lane is not in membermask.
 template <class T>
-T shuffled(const char* name, T value, int source, unsigned mask) {
+T shuffled(const char* name, const host::Site& site, T value, int source, unsigned mask) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
-  const auto collective = host::meet_lanes(name, mask, &value, sizeof(T), false);
+  const auto collective = host::meet_lanes(name, site, mask, &value, sizeof(T), false);
   if ((mask >> source & 1) == 0)
     host::fail(std::string(name) + ": lane " + std::to_string(source) + " is not in the mask");
   return value_of<T>(*collective, source);
@@ -135,17 +135,17 @@ T shuffled(const char* name, T value, int source, unsigned mask) {
 
 // redux.sync
 template <class T, class Combine>
-T reduced(const char* name, T value, unsigned mask, Combine combine) {
+T reduced(const char* name, const host::Site& site, T value, unsigned mask, Combine combine) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
-  const auto collective = host::meet_lanes(name, mask, &value, sizeof(T), false);
+  const auto collective = host::meet_lanes(name, site, mask, &value, sizeof(T), false);
   for (int lane = 0; lane < 32; ++lane)
     if (lane != lane_id() && (mask >> lane & 1) != 0) value = combine(value, value_of<T>(*collective, lane));
   return value;
 }
 
 // vote.sync: the lanes with the predicate
-inline unsigned voted(const char* name, bool predicate, unsigned mask) {
-  const auto collective = host::meet_lanes(name, mask, &predicate, sizeof(predicate), false);
+inline unsigned voted(const char* name, const host::Site& site, bool predicate, unsigned mask) {
+  const auto collective = host::meet_lanes(name, site, mask, &predicate, sizeof(predicate), false);
   unsigned lanes = 0;
   for (int lane = 0; lane < 32; ++lane)
     if ((mask >> lane & 1) != 0 && value_of<bool>(*collective, lane)) lanes |= 1u << lane;
@@ -155,56 +155,62 @@ inline unsigned voted(const char* name, bool predicate, unsigned mask) {
 }  // namespace detail
 
 template <class T>
-T shuffle(T value, int lane, unsigned mask = kAllLanes) {
-  return detail::shuffled("shuffle", value, lane & 31, mask);
+T shuffle(T value, int lane, unsigned mask = kAllLanes, host::Site site = host::Site::current()) {
+  return detail::shuffled("shuffle", site, value, lane & 31, mask);
 }
 
 template <class T>
-T shuffle_xor(T value, int lane_mask, unsigned mask = kAllLanes) {
-  return detail::shuffled("shuffle_xor", value, lane_id() ^ (lane_mask & 31), mask);
+T shuffle_xor(T value, int lane_mask, unsigned mask = kAllLanes, host::Site site = host::Site::current()) {
+  return detail::shuffled("shuffle_xor", site, value, lane_id() ^ (lane_mask & 31), mask);
 }
 
-inline int warp_id() { return shuffle(static_cast<int>(threadIdx.x / 32), 0); }
-
-inline unsigned vote_ballot(bool predicate, unsigned mask = kAllLanes) {
-  return detail::voted("vote_ballot", predicate, mask);
+inline int warp_id(host::Site site = host::Site::current()) {
+  return shuffle(static_cast<int>(threadIdx.x / 32), 0, kAllLanes, site);
 }
 
-inline bool vote_any(bool predicate, unsigned mask = kAllLanes) {
-  return detail::voted("vote_any", predicate, mask) != 0;
+inline unsigned vote_ballot(bool predicate, unsigned mask = kAllLanes, host::Site site = host::Site::current()) {
+  return detail::voted("vote_ballot", site, predicate, mask);
 }
 
-inline bool vote_all(bool predicate, unsigned mask = kAllLanes) {
-  return detail::voted("vote_all", predicate, mask) == mask;
+inline bool vote_any(bool predicate, unsigned mask = kAllLanes, host::Site site = host::Site::current()) {
+  return detail::voted("vote_any", site, predicate, mask) != 0;
+}
+
+inline bool vote_all(bool predicate, unsigned mask = kAllLanes, host::Site site = host::Site::current()) {
+  return detail::voted("vote_all", site, predicate, mask) == mask;
 }
 
 template <class T>
-T reduce_add(T value, unsigned mask = kAllLanes) {
-  return detail::reduced("reduce_add", value, mask,
+T reduce_add(T value, unsigned mask = kAllLanes, host::Site site = host::Site::current()) {
+  return detail::reduced("reduce_add", site, value, mask,
                          [](T a, T b) { return static_cast<T>(static_cast<unsigned>(a) + static_cast<unsigned>(b)); });
 }
 
 template <class T>
-T reduce_max(T value, unsigned mask = kAllLanes) {
-  return detail::reduced("reduce_max", value, mask, [](T a, T b) { return std::max(a, b); });
+T reduce_max(T value, unsigned mask = kAllLanes, host::Site site = host::Site::current()) {
+  return detail::reduced("reduce_max", site, value, mask, [](T a, T b) { return std::max(a, b); });
 }
 
 // bar.warp.sync: of these, the only one that orders memory.
-inline void sync_warp(unsigned mask = kAllLanes) { host::meet_lanes("sync_warp", mask, &mask, 0, true); }
+inline void sync_warp(unsigned mask = kAllLanes, host::Site site = host::Site::current()) {
+  host::meet_lanes("sync_warp", site, mask, &mask, 0, true);
+}
 
 // bar.sync, without and with a number of threads
-inline void sync_block() { host::sync_block(0, static_cast<int>(blockDim.x)); }
-inline void sync_named(int id, int threads) {
+inline void sync_block(host::Site site = host::Site::current()) {
+  host::sync_block(0, static_cast<int>(blockDim.x), site);
+}
+inline void sync_named(int id, int threads, host::Site site = host::Site::current()) {
   if (id < 1 || id > 15) host::fail("sync_named: there are barriers 1 to 15");
-  host::sync_block(id, threads);
+  host::sync_block(id, threads, site);
 }
 
 // --- clusters: %cluster_ctarank, %cluster_nctarank, barrier.cluster, mapa ---
 
 inline int cluster_rank() { return host::cluster_rank(); }
 inline int cluster_size() { return host::cluster_size(); }
-inline void cluster_arrive() { host::arrive_at_cluster(); }
-inline void cluster_wait() { host::wait_for_cluster(); }
+inline void cluster_arrive(host::Site site = host::Site::current()) { host::arrive_at_cluster(site); }
+inline void cluster_wait(host::Site site = host::Site::current()) { host::wait_for_cluster(site); }
 
 template <class T>
 T load_remote(const Shared<T>& shared, int64_t index, int rank) {

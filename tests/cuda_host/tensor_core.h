@@ -10,12 +10,12 @@ namespace pyllm::cuda {
 // ldmatrix.m8n8.x1/.x2/.x4: lanes 8i ... 8i + 7 hold where the rows of matrix i begin. Of matrix i register i gets row
 // g, columns 2t and 2t + 1; with .trans column g, rows 2t and 2t + 1.
 template <bool TRANSPOSED, int N, class T>
-void load_matrices(const Shared<T>& shared, int index, uint32_t (&out)[N]) {
+void load_matrices(const Shared<T>& shared, int index, uint32_t (&out)[N], host::Site site = host::Site::current()) {
   static_assert(sizeof(T) == 2 && (N == 1 || N == 2 || N == 4));
   const char* name = "load_matrices";
   const uint64_t mine = lane_id() < 8 * N ? shared.place(index, 8) : 0;
   if (mine % 16 != 0) host::fail("load_matrices: a row does not begin at a multiple of 16 bytes");
-  const auto collective = host::meet_lanes(name, kAllLanes, &mine, sizeof(mine), false);
+  const auto collective = host::meet_lanes(name, site, kAllLanes, &mine, sizeof(mine), false);
   const auto row = [&](int matrix, int i) { return detail::value_of<uint64_t>(*collective, 8 * matrix + i); };
   for (int matrix = 0; matrix < N; ++matrix) {
     // A row of 16 bytes lies in 4 of 32 banks: the 8 rows of a matrix are read at once if no two are in the same.
@@ -37,7 +37,8 @@ void load_matrices(const Shared<T>& shared, int index, uint32_t (&out)[N]) {
 //   b (16 x 8): register r holds column g, rows 2t + 8 r and the next
 //   c (16 x 8): element i is row g + 8 (i / 2), column 2t + i % 2
 template <class T>
-void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                  host::Site site = host::Site::current()) {
   struct Lane {
     T a[4][2], b[2][2];
   } mine;
@@ -45,7 +46,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   std::memcpy(mine.a, a, sizeof(mine.a));
   std::memcpy(mine.b[0], &b0, 4);
   std::memcpy(mine.b[1], &b1, 4);
-  const auto collective = host::meet_lanes("multiply_add", kAllLanes, &mine, sizeof(mine), false);
+  const auto collective = host::meet_lanes("multiply_add", site, kAllLanes, &mine, sizeof(mine), false);
   const auto* lanes = reinterpret_cast<const Lane*>(collective->values);
   const int g = lane_id() / 4, t = lane_id() % 4;
   for (int i = 0; i < 4; ++i) {
@@ -64,9 +65,8 @@ void copy_async(const Shared<T>& shared, int index, const T* from, int count, bo
   const size_t bytes = count * sizeof(T), to = shared.place(index, count);
   if (bytes != 8 && bytes != 16) host::fail("copy_async: copies are of 8 or 16 bytes");
   if (to % bytes != 0) host::fail("copy_async: the copy does not begin at a multiple of its size");
-  constexpr char zeros[16] = {};
   if (present) host::check_global(from, bytes, host::Use::read);
-  host::begin_copy(to, present ? static_cast<const void*>(from) : zeros, bytes);
+  host::begin_copy(to, present ? from : nullptr, bytes);
 }
 
 inline void commit_copies() { host::commit_copies(); }
