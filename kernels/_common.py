@@ -39,7 +39,7 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> 
     if arguments.get("p_rng") is not None:  # which a saved-tensor hook may have moved
         arguments["p_rng"] = arguments["p_rng"].contiguous()
     if _captured is not None:
-        _captured.append((kernel, arguments))
+        _captured.append((kernel, arguments, grid))
     else:
         described = arguments.get("TMA")
         with torch.cuda.device(-1 if device.type == "cpu" else device), replay.paused():
@@ -75,7 +75,7 @@ def captured() -> Iterator[list[tuple]]:
     _captured, calls = [], []
     try:
         yield calls
-        calls += [(kernel, *_described(kernel, arguments)) for kernel, arguments in _captured]
+        calls += [(kernel, *_described(kernel, arguments)) for kernel, arguments, _ in _captured]
     finally:
         _captured = None
 

@@ -10,6 +10,7 @@ bound by memory. Arithmetic is fp32, or fp64 for fp64. Rows may be a stride apar
 """
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyllm.kernels._common import captured, launch, rounded
-from pyllm.kernels.rows import add_up, compute_type, dropped, grid_of, tile_of
+from pyllm.kernels.rows import add_up, columns_of_program, compute_type, dropped, grid_of, tile_of
 from pyllm.reference import GATED, dropout_threshold, statistics_type
 
 
@@ -87,8 +88,8 @@ def activation_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    o_rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * BLOCK_N
+    program, _, first = columns_of_program(N, BLOCK_N)
+    o_rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
     o_cols = first + tl.arange(0, BLOCK_N)
     m_cols = o_cols < N
     m_tile = (o_rows < rows)[:, None] & m_cols[None, :]
@@ -126,13 +127,12 @@ def activation_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK_N
+    program, programs, first = columns_of_program(N, BLOCK_N)
     o_cols = first + tl.arange(0, BLOCK_N)
     m_cols = o_cols < N
     dbias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
     dup_bias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-    for start in range(program * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+    for start in range(program * BLOCK_M, rows, programs * BLOCK_M):
         o_rows = start + tl.arange(0, BLOCK_M)
         m_tile = (o_rows < rows)[:, None] & m_cols[None, :]
         o_row = o_rows.to(tl.int64)[:, None]
@@ -192,7 +192,7 @@ def activation_fwd(x, up, bias, rng, dropout_p, kind):
         rows, tile = y.numel() // n, tile_of(n)
         launch(
             activation_fwd_kernel,
-            grid_of(rows, n, tile, x.device, False),
+            (prod(grid_of(rows, n, tile, x.device, False)),),
             x.device,
             **operands,
             p_rng=rng,
@@ -217,7 +217,7 @@ def activation_bwd(dy, x, up, bias, rng, dropout_p, kind):
         partials = None if bias is None else x.new_empty(grid[0], x.shape[-1], dtype=statistics_type(x))
         launch(
             activation_bwd_kernel,
-            grid,
+            (prod(grid),),
             x.device,
             **operands,
             p_dy=dy,

@@ -13,7 +13,8 @@ broadcasts to it: no memory beyond the gradient itself, two more products, and a
 small. The gradient of the bias by distance comes from the pass of dk and dv: each tile of keys sums up its diagonals in
 memory of its own, two or three numbers for each distance and head, all of which is then summed up in a fixed order.
 Packed sequences: a program finds its sequence in the bounds, so that the host need not know them; there are as many
-programs as the longest sequences possible could need, and those left over return at once.
+programs as the longest sequences possible could need, and those left over return at once. Rows behind the last sequence
+are one more: queries without keys, keys without queries.
 
 FLOPs: forward 4 B H Sq Sk D, backward 10 (deterministic 14), of which bands leave out what lies outside. Bytes: each of
 the operands and results once, and keys and values once more, from L2, for each tile of queries; backward likewise,
@@ -111,8 +112,8 @@ class _Launcher:
         return sizes | {"TMA": sizes["TMA"] and self.aligned}
 
     def slots(self, length: int, block: int) -> int:
-        """The programs that the tiles of one head need, in all sequences."""
-        return length // block + self.batch if self.packed else self.batch * triton.cdiv(length, block)
+        """The programs that the tiles of one head need, in all sequences, and for rows of none."""
+        return length // block + self.batch + 1 if self.packed else self.batch * triton.cdiv(length, block)
 
     def launch(self, kernel, programs: int, **own) -> None:
         if programs:

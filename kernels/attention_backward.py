@@ -32,6 +32,7 @@ class Given(NamedTuple):
     """What the backward is given: the output's gradient; (B, H, Sq) of each row, contiguous, the lse and delta.
 
     p_rest: (B, H, Sq) too, what rounding took from lse, and p_far: whether it took anything, (1,); None without.
+    end: None. Triton 3.6 forgets the constants in a bundle of a bundle, such as a stride of 1, unless one comes last.
     """
 
     dout: object
@@ -39,6 +40,7 @@ class Given(NamedTuple):
     p_delta: object
     p_rest: object = None
     p_far: object = None
+    end: object = None
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def attention_bwd_rest_kernel(
             s = scores(b_q, b_k, first_m, first_n, scales, head, features, NATURAL, SOFTCAP, True)[0]
             _, _, total, peak = absorb(s, total, peak, NATURAL)
         b_shift = tl.where(far, peak, b_shift)
-        b_rest = tl.where(far, tl.log(total), b_rest)
+        b_rest = tl.where(far, tl.log(tl.where(far, total, 1.0)), b_rest)
         tl.store(p_far, 1)
     tl.store(p_shift + head.line + o_m, b_shift, mask=o_m < head.Sq)
     tl.store(p_rest + head.line + o_m, b_rest, mask=o_m < head.Sq)
@@ -291,7 +293,7 @@ def attention_bwd_key_kernel(
     if sizes.p_bounds_k is not None and tile >= tiles:
         return
     first_n = tile * BLOCK_N
-    common = head_of(b, kv_head, sizes, features, ACC, BOTTOM)
+    common = head_of(b, kv_head, sizes, features, ACC, BOTTOM, True)
     b_k = load_rows(
         at(call.k, common, common.h, common.row_k), call.k.row, first_n, common.Sk, D, BLOCK_N, BLOCK_D, True
     )
@@ -304,7 +306,7 @@ def attention_bwd_key_kernel(
         first_n, common.Sk, common.Sq, features.right, features.left, -common.shift, BLOCK_N, BLOCK_M
     )
     for member in range(GROUP):
-        head = head_of(b, kv_head * GROUP + member, sizes, features, ACC, BOTTOM)
+        head = head_of(b, kv_head * GROUP + member, sizes, features, ACC, BOTTOM, True)
         before, after = tl.cast(0.0, ACC), tl.cast(0.0, ACC)
         p_member = p_near
         if p_near is not None:

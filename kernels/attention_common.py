@@ -59,7 +59,7 @@ class Slopes(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What is added to the scores or removes some, and dropout; None without."""
+    """What is added to the scores or removes some, and dropout; None without. `end`: see `Given`."""
 
     mask: object
     padding: object
@@ -69,12 +69,13 @@ class Features(NamedTuple):
     threshold: object
     left: object
     right: object
+    end: object = None
 
 
 class Sizes(NamedTuple):
     """B sequences, H query heads, and the rows of queries and keys, of all sequences if they are packed.
 
-    p_bounds_*: where packed sequences begin, and the last ends (B + 1,), else None.
+    p_bounds_*: where packed sequences begin, and the last ends (B + 1,), else None. Rows behind it are of no sequence.
     """
 
     B: object
@@ -226,8 +227,8 @@ def store_rows(p_x, stride, b_x, first, rows, D: tl.constexpr):
 def place(program, heads, B, rows, p_bounds, BLOCK: tl.constexpr):
     """(sequence, head, tile, tiles of the sequence) of a program, for `heads` heads of B sequences of `rows` rows.
 
-    The tiles of packed sequence b have the slots from p_bounds[b] // BLOCK + b on, of rows // BLOCK + B in all. A slot
-    may be left over: check that tile < tiles.
+    The tiles of packed sequence b have the slots from p_bounds[b] // BLOCK + b on, of rows // BLOCK + B + 1 in all: the
+    rows behind the last sequence are one more, B. A slot may be left over: check that tile < tiles.
     """
     if p_bounds is None:
         tiles = tl.cdiv(rows, BLOCK)
@@ -235,23 +236,23 @@ def place(program, heads, B, rows, p_bounds, BLOCK: tl.constexpr):
         h = program // tiles % heads
         tile = program % tiles
     else:
-        slots = rows // BLOCK + B
+        slots = rows // BLOCK + B + 1
         h = program // slots
         slot = program % slots
         b = -1
-        for first_b in range(0, B, 128):
+        for first_b in range(0, B + 1, 128):
             o_b = first_b + tl.arange(0, 128)
-            b_slot = tl.load(p_bounds + o_b, mask=o_b < B, other=0) // BLOCK + o_b
-            b += tl.sum(((b_slot <= slot) & (o_b < B)).to(tl.int32))
+            b_slot = tl.load(p_bounds + o_b, mask=o_b <= B, other=0) // BLOCK + o_b
+            b += tl.sum(((b_slot <= slot) & (o_b <= B)).to(tl.int32))
         begin = tl.load(p_bounds + b)
         tile = slot - begin // BLOCK - b
-        tiles = tl.cdiv(tl.load(p_bounds + b + 1) - begin, BLOCK)
+        tiles = tl.cdiv(tl.load(p_bounds + b + 1, mask=b < B, other=rows) - begin, BLOCK)
     return b, h, tile, tiles
 
 
 @triton.jit
-def head_of(b, h, sizes, features, ACC: tl.constexpr, BOTTOM: tl.constexpr):
-    """`Head` h of sequence b."""
+def head_of(b, h, sizes, features, ACC: tl.constexpr, BOTTOM: tl.constexpr, KEYS: tl.constexpr = False):
+    """`Head` h of sequence b; the rows of none, b = B, are queries without keys, or with KEYS keys without queries."""
     b = tl.cast(b, tl.int64)
     h = tl.cast(h, tl.int64)
     batch = b
@@ -263,11 +264,13 @@ def head_of(b, h, sizes, features, ACC: tl.constexpr, BOTTOM: tl.constexpr):
         batch = tl.zeros_like(b)
         row_q = tl.load(sizes.p_bounds_q + b).to(tl.int64)
         row_k = tl.load(sizes.p_bounds_k + b).to(tl.int64)
-        Sq = tl.load(sizes.p_bounds_q + b + 1) - row_q.to(tl.int32)
-        Sk = tl.load(sizes.p_bounds_k + b + 1) - row_k.to(tl.int32)
+        first_q = row_q.to(tl.int32)
+        first_k = row_k.to(tl.int32)
+        Sq = tl.load(sizes.p_bounds_q + b + 1, mask=b < sizes.B, other=first_q if KEYS else Sq) - first_q
+        Sk = tl.load(sizes.p_bounds_k + b + 1, mask=b < sizes.B, other=Sk if KEYS else first_k) - first_k
     slope, seed, offset, scale = 0.0, 0, 0, 0.0
     if features.slopes is not None:
-        slope = tl.load(features.slopes.p + b * features.slopes.batch + h)
+        slope = tl.load(features.slopes.p + b * features.slopes.batch + h, mask=b < sizes.B, other=0.0)
     if features.p_rng is not None:
         seed = tl.load(features.p_rng)
         offset = tl.load(features.p_rng + 1)
@@ -384,6 +387,22 @@ def finished(acc, total, peak, NATURAL: tl.constexpr):
 
 
 @triton.jit
+def load_flags(p_flags, mask, other: tl.constexpr, some, APART: tl.constexpr):
+    """A tile of booleans; APART: within a branch, which `some` always takes.
+
+    Triton lays out the operands of a product by the narrowest load that it can see behind them, and there is no product
+    of fp64 for the layout that follows from bytes.
+    """
+    if APART:
+        flags = tl.full(p_flags.shape, other, tl.int1)
+        if some:
+            flags = tl.load(p_flags, mask=mask, other=other)
+    else:
+        flags = tl.load(p_flags, mask=mask, other=other)
+    return flags
+
+
+@triton.jit
 def scores(
     b_q,
     b_k,
@@ -406,6 +425,7 @@ def scores(
     BLOCK_M: tl.constexpr = b_q.shape[0]
     BLOCK_N: tl.constexpr = b_k.shape[0]
     UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
+    FLAGS_APART: tl.constexpr = b_q.dtype == tl.float64
     o_m = first_m + tl.arange(0, BLOCK_M)
     o_n = first_n + tl.arange(0, BLOCK_N)
     first_distance = first_n - first_m - head.shift
@@ -424,15 +444,15 @@ def scores(
         mask = features.mask
         o_mask = o_m.to(tl.int64)[:, None] * mask.row + o_n.to(tl.int64)[None, :] * mask.col
         p_mask = mask.p + head.b * mask.batch + head.h * mask.head
-        b_mask = tl.load(p_mask + o_mask, mask=(o_m < head.Sq)[:, None] & (o_n < head.Sk)[None, :], other=0)
-        if b_mask.dtype == tl.int1:
-            s = tl.where(b_mask, s, -INF)
+        m_mask = (o_m < head.Sq)[:, None] & (o_n < head.Sk)[None, :]
+        if mask.p.dtype.element_ty == tl.int1:
+            s = tl.where(load_flags(p_mask + o_mask, m_mask, 0, first_n < head.Sk, FLAGS_APART), s, -INF)
         else:
-            s += b_mask.to(s.dtype)
+            s += tl.load(p_mask + o_mask, mask=m_mask, other=0).to(s.dtype)
     if features.padding is not None:
         padding = features.padding
         p_padding = padding.p + head.batch * padding.batch + (head.row_k + o_n) * padding.col
-        b_padding = tl.load(p_padding, mask=o_n < head.Sk, other=1)
+        b_padding = load_flags(p_padding, o_n < head.Sk, 1, first_n < head.Sk, FLAGS_APART)
         s = tl.where(b_padding[None, :], -INF, s)
     if BOUNDARY:
         s = tl.where((o_n < head.Sk)[None, :], s, -INF)

@@ -6,13 +6,14 @@ for fp64.
 """
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 import triton
 import triton.language as tl
 
 from pyllm.kernels._common import captured, launch, rounded
-from pyllm.kernels.rows import add_up, compute_type, dropped, grid_of, tile_of
+from pyllm.kernels.rows import add_up, columns_of_program, compute_type, dropped, grid_of, tile_of
 from pyllm.reference import dropout_threshold, statistics_type
 
 
@@ -30,8 +31,8 @@ def dropout_add_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    o_rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * BLOCK_N
+    program, _, first = columns_of_program(N, BLOCK_N)
+    o_rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
     o_cols = first + tl.arange(0, BLOCK_N)
     m_cols = o_cols < N
     m_tile = (o_rows < rows)[:, None] & m_cols[None, :]
@@ -58,12 +59,11 @@ def dropout_add_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK_N
+    program, programs, first = columns_of_program(N, BLOCK_N)
     o_cols = first + tl.arange(0, BLOCK_N)
     m_cols = o_cols < N
     dbias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-    for start in range(program * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+    for start in range(program * BLOCK_M, rows, programs * BLOCK_M):
         o_rows = start + tl.arange(0, BLOCK_M)
         m_tile = (o_rows < rows)[:, None] & m_cols[None, :]
         o_tile = o_rows.to(tl.int64)[:, None] * N + o_cols[None, :]
@@ -83,7 +83,7 @@ def dropout_add_fwd(x, residual, bias, rng, dropout_p):
         rows, tile = y.numel() // n, tile_of(n)
         launch(
             dropout_add_fwd_kernel,
-            grid_of(rows, n, tile, x.device, False),
+            (prod(grid_of(rows, n, tile, x.device, False)),),
             x.device,
             p_x=x.contiguous(),
             p_residual=residual.contiguous(),
@@ -109,7 +109,7 @@ def dropout_add_bwd(dy, bias, rng, dropout_p, x_dtype):
         partials = None if bias is None else dy.new_empty(grid[0], n, dtype=statistics_type(dy))
         launch(
             dropout_add_bwd_kernel,
-            grid,
+            (prod(grid),),
             dy.device,
             p_dy=dy.contiguous(),
             p_rng=rng,

@@ -36,9 +36,11 @@ def rotary_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    o_rows = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None]
+    tiles = tl.cdiv(S, BLOCK_S)
+    index = tl.program_id(0) // tiles
+    batch = (index // heads).to(tl.int64)
+    head = (index % heads).to(tl.int64)
+    o_rows = (tl.program_id(0) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None]
     m_rows = o_rows < S
     o_pairs = tl.arange(0, BLOCK_P)[None, :]
     m_pairs = m_rows & (o_pairs < pairs)
@@ -79,7 +81,7 @@ def _turn(x: Tensor, y: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bo
     block_s = min(max(1, 2048 // block_p), triton.next_power_of_2(length))
     launch(
         rotary_kernel,
-        (triton.cdiv(length, block_s), batch * heads),
+        (triton.cdiv(length, block_s) * batch * heads,),  # other axes end at 65,535
         x.device,
         p_x=x,
         p_y=y,

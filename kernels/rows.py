@@ -34,7 +34,10 @@ def tile_of(n: int, size: int = 2048) -> dict:
 
 
 def grid_of(rows: int, n: int, tile: dict, device: torch.device, sums: bool) -> tuple[int, int]:
-    """(programs over rows, programs over columns); with sums over rows, as many as can run at once."""
+    """(programs over rows, programs over columns); with sums over rows, as many as can run at once.
+
+    Their product is the grid, for `columns_of_program`: other axes than the first end at 65,535.
+    """
     columns = triton.cdiv(n, tile["BLOCK_N"])
     programs = triton.cdiv(rows, tile["BLOCK_M"])
     return (min(programs, max(1, 8 * processors(device) // columns)) if sums else programs), columns
@@ -50,6 +53,13 @@ def rows_of_program(rows, N, BLOCK_M: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)[:, None]
     return start, row, row < rows, tl.arange(0, BLOCK_M)[:, None] * N  # 32 bits: only the start of a tile needs 64
+
+
+@triton.jit
+def columns_of_program(N, BLOCK_N: tl.constexpr):
+    """(program over rows, as int64, how many of these there are, first column) in a grid of `grid_of`."""
+    programs = tl.num_programs(0) // tl.cdiv(N, BLOCK_N)
+    return (tl.program_id(0) % programs).to(tl.int64), programs, tl.program_id(0) // programs * BLOCK_N
 
 
 @triton.jit

@@ -296,7 +296,8 @@ def attention(*args) -> tuple[Tensor, Tensor]:
 
     Takes the fields of an `AttentionCall`. The score of query i and key j is softcap * tanh(scale q.k / softcap), or
     scale q.k at softcap 0, + attn_mask + distance_bias of j - i - slope |j - i|, for the keys that the boolean masks,
-    the padding and the band leave. Statistics are fp32, or fp64 for fp64 input.
+    the padding and the band leave. Statistics are fp32, or fp64 for fp64 input. Rows behind the last packed sequence
+    see no key.
     """
     call = AttentionCall(*args)
     if call.cu_seqlens_q is None:
@@ -304,8 +305,18 @@ def attention(*args) -> tuple[Tensor, Tensor]:
     if transformed():  # which bounds there are is not to be seen
         return _packed_attention(call)
     parts = [_dense_attention(*sequence) for sequence in _sequences(call)]
-    if not parts:  # no sequence, so no row: what the masks say is of no account
-        parts = [_dense_attention(call._replace(attn_mask=None, alibi_slopes=None), 0)]
+    # Queries of no sequence, behind the last: what the masks say is of no account.
+    rest = slice(int(call.cu_seqlens_q[-1]), None)
+    if not parts or call.query[:, :, rest].numel():
+        nothing = call._replace(
+            query=call.query[:, :, rest],
+            key=call.key[:, :, :0],
+            value=call.value[:, :, :0],
+            attn_mask=None,
+            key_padding_mask=None,
+            alibi_slopes=None,
+        )
+        parts.append(_dense_attention(nothing, 0))
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 

@@ -8,6 +8,8 @@ import torch
 from cuda_attention import AttentionKernels
 from cuda_host.build import why_not
 
+import pyllm
+from pyllm import reference
 from pyllm.reference import AttentionCall
 from pyllm.testing import randn
 
@@ -82,6 +84,42 @@ def test_on_the_cpu(tail, options, dtype):
 
 def test_without_any_sequence_on_the_cpu():
     check_tail(torch.ops.pyllm.attention_fwd, torch.ops.pyllm.attention_bwd, torch.float32, (3, 70), lengths=[])
+
+
+def reference_backward(dout, dlse, out, lse, mask_gradient, bias_gradient, deterministic, *call):
+    given = AttentionCall(*call)
+    operands = [t if t is None else t.clone().requires_grad_() for t in given[:3]]
+    extras = {
+        name: getattr(given, name).clone().requires_grad_()
+        for name, asked in (("attn_mask", mask_gradient), ("distance_bias", bias_gradient))
+        if asked
+    }
+    results = reference.attention(*given._replace(query=operands[0], key=operands[1], value=operands[2], **extras))
+    leaves = [*operands, *extras.values()]
+    return torch.autograd.grad(results, leaves, (dout, dlse), materialize_grads=True)
+
+
+@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_in_the_reference(tail, options):
+    check_tail(reference.attention, reference_backward, torch.float32, tail, **options)
+
+
+@pytest.mark.skipif(pyllm.backends()["triton"] is not None, reason="Triton cannot run here")
+@pytest.mark.parametrize("deterministic", [True, False], ids=["in-order", "any-order"])
+@pytest.mark.parametrize("options", [{}, FULL, {"left": 9, "right": 3}], ids=["plain", "full", "window"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_in_triton(tail, options, deterministic):
+    operators = torch.ops.pyllm_triton
+    check_tail(
+        operators.attention_fwd, operators.attention_bwd, torch.float32, tail, deterministic=deterministic, **options
+    )
+
+
+@pytest.mark.skipif(pyllm.backends()["triton"] is not None, reason="Triton cannot run here")
+def test_without_any_sequence_in_triton():
+    operators = torch.ops.pyllm_triton
+    check_tail(operators.attention_fwd, operators.attention_bwd, torch.float32, (3, 70), lengths=[])
 
 
 @pytest.fixture(scope="module")
