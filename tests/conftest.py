@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import pathlib
+import re
 import types
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -43,6 +44,9 @@ SLOW_DTYPES = {
 # Of layers and of PyTorch's machinery, on kernels that other files run through the interpreter.
 INTERPRETED_IN_CI = ("blocks", "derivatives", "empty_sizes", "generation", "layers", "memory_plan", "registration")
 INTERPRETED_IN_CI += ("saved_tensors",)
+# What runs first on a GPU, where time is short: the kernels by themselves, those of CUDA C++ before those that compile.
+FIRST_ON_CUDA = ("cuda", "attention", "attention_decode", "norm", "softmax", "rows", "attention_features")
+BACKENDS_ON_CUDA = ("native", "triton", "torch", "reference")
 
 
 def interpreted_in_ci(targets: list) -> list:
@@ -162,6 +166,18 @@ def pytest_collection_modifyitems(items):
         left = SLOW_DTYPES["cuda_host"] if name.startswith("cuda_") else left
         if not left.isdisjoint(_dtypes(parameters.values())):
             item.add_marker("slow")
+    if "cuda" in DEVICES:
+        items.sort(key=_turn_on_cuda)
+
+
+def _turn_on_cuda(item) -> tuple[int, int]:
+    target = item.callspec.params.get("target", ()) if hasattr(item, "callspec") else ()
+    backend = target[0] if "cuda" in target else None
+    name = item.path.stem.removeprefix("test_")
+    return (
+        BACKENDS_ON_CUDA.index(backend) if backend in BACKENDS_ON_CUDA else len(BACKENDS_ON_CUDA),
+        FIRST_ON_CUDA.index(name) if name in FIRST_ON_CUDA else len(FIRST_ON_CUDA),
+    )
 
 
 def _dtypes(values) -> Iterator[torch.dtype]:
@@ -185,13 +201,26 @@ def pytest_runtest_call(item):
     target = getattr(item, "callspec", None) and item.callspec.params.get("target")
     try:
         result = yield
-    except CannotRun as refusal:
-        if target == ("native", "cuda"):  # which has neither all operators nor float64; test_cuda.py says what it has
-            pytest.skip(str(refusal))
+    except Exception as error:
+        refusal = refused(error)
+        if target == ("native", "cuda") and refusal:  # test_cuda.py says what it has
+            pytest.skip(refusal)
         raise
     if target and pyllm.testing.observed:
         _note(item.config, {f"{item.path.stem} {target[0]} {target[1]}": max(pyllm.testing.observed)})
     return result
+
+
+def refused(error: BaseException | None) -> str | None:
+    """Why a backend cannot run, if that is what an error tells, or what a compiler made its own error of."""
+    while error is not None and not isinstance(error, AssertionError):  # of a test that has looked at a refusal
+        if isinstance(error, CannotRun):
+            return str(error)
+        found = re.search(r"CannotRun\W+(backend 'native' cannot run [^\n]+)", str(error))
+        if found:
+            return found[1]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _note(config, ratios: dict[str, float]) -> None:

@@ -1,16 +1,20 @@
 """What only a GPU shows: streams, graphs, other devices, sizes. The numbers are tested with the other backends'."""
 
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import conftest
 import pytest
-import test_attention
 import torch
-from test_attention_decode import Case
 from test_rows import NAMES, call_of, outputs_and_gradients
 
 import pyllm
 from pyllm import ops
+from pyllm.attention_cases import BOTTOM, CASES, CAUSAL, DROPOUT, HEAD_DIM_CASES, Case, DecodeCase
 from pyllm.backend import refusal, use_backend
 from pyllm.testing import check
 
@@ -19,10 +23,23 @@ KERNELS = [t for t in conftest.KERNELS if t.values[0][1] == "cuda"]
 pytestmark = pytest.mark.parametrize("target", KERNELS)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "attention_decode"])
+WITHOUT_CUDA_CPP = {"gelu": "activation", "dropout_add": "dropout_add"}  # as the selector names them
+
+
+def not_in_cuda_cpp(target, name: str) -> bool:
+    return target[0] == "native" and name in WITHOUT_CUDA_CPP
+
+
+@pytest.mark.parametrize("name", [*NAMES, "attention", "attention_decode"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_operator_is_served(target, name, dtype):
-    assert refusal(name, target[0], torch.device("cuda"), dtype) is None
+    why = refusal(WITHOUT_CUDA_CPP.get(name, name), target[0], torch.device("cuda"), dtype)
+    if not_in_cuda_cpp(target, name):
+        assert why == "it has no CUDA C++ kernel"
+    elif (target[0], name, dtype) == ("native", "attention", torch.float32):
+        assert "run on tensor cores" in why
+    else:
+        assert why is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,10 +122,27 @@ def test_a_parameter_on_another_device(target):
             ops.add_rms_norm(x, x.cpu())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [c.on_tensor_cores() for c in test_attention.CASES], ids=lambda case: case.name)
-def test_attention_on_tensor_cores(target, case, dtype):
-    check(case.call, case.inputs(dtype, "cuda"), target[0])
+# Many tiles, whose sums meet in every gradient.
+LONG = [
+    Case(f"long-{dim}", 1, 4, 2, 700, 900, dim, mask=(1, 4, 700, 900), mask_kind=kind, padding=False, options=options)
+    for dim in (64, 128)
+    for kind, options in (("bool", CAUSAL | BOTTOM | DROPOUT), ("float", DROPOUT))
+]
+
+
+@pytest.mark.parametrize(
+    "dtype, deterministic",
+    [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],
+    ids=["bfloat16", "bfloat16-deterministic", "float16"],
+)
+@pytest.mark.parametrize(
+    "case", [c.on_tensor_cores() for c in (*LONG, *HEAD_DIM_CASES, *CASES)], ids=lambda case: case.name
+)
+def test_attention_on_tensor_cores(target, case, dtype, deterministic):
+    """In training's own mode too, whose sums of dq take any order: other kernels than those of repeatable sums."""
+    inputs = case.inputs(dtype, "cuda")
+    torch.use_deterministic_algorithms(deterministic)
+    check(case.call, inputs, target[0])
 
 
 @pytest.mark.parametrize("change", [lambda x: x.float(), lambda x: x[..., :36], lambda x: x[..., 1:41]])
@@ -126,27 +160,46 @@ def test_what_attention_on_tensor_cores_cannot_serve(target, change):
 def test_fp64(target, name):
     function, inputs = call_of(name, 3, 40, "cuda", torch.float64)
     if target[0] == "native":
-        with use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run {name}: .* take no float64"):
+        why = "has no CUDA C" if not_in_cuda_cpp(target, name) else "take no float64"
+        op = WITHOUT_CUDA_CPP.get(name, name)
+        with use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run {op}: .* {why}"):
             function(**inputs)
         assert pyllm.explain(function, **inputs)[0].backend == "triton"
     else:
         check(function, inputs, target[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_more_elements_than_32_bits_count(target, name):
+@contextmanager
+def much_memory(size: int) -> Iterator[None]:
+    """That many bytes of the GPU, for one test at a time of all processes that run tests; skips where there are not."""
+    with open(Path(tempfile.gettempdir()) / "pyllm-tests-gpu-memory", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        if free < size:
+            pytest.skip(f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB are free, {size / 2**30:.0f} needed")
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()  # before another process measures what is free
+
+
+def last_rows(name: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the last rows of a result with more elements than 32 bits count, the result of these rows alone)."""
     rows, width = 2**31 // 4096 + 8, 4096
-    if torch.cuda.mem_get_info()[0] < 8 * 2 * rows * width:
-        pytest.skip("too little memory on this GPU")
     torch.use_deterministic_algorithms(False)  # which would fill results of gigabytes with NaN first
     x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-    last = x[-8:].clone()
-    others = {"residual": x} if name.startswith("add") else {}
-    others_of_last = {"residual": last} if others else {}
-    with use_backend(target[0]), torch.no_grad():
-        whole, alone = getattr(ops, name)(x, **others), getattr(ops, name)(last, **others_of_last)
-    whole, alone = (y[0] if isinstance(y, tuple) else y for y in (whole, alone))
-    torch.testing.assert_close(whole[-8:], alone)
+    others = ("residual",) if "add" in name else ()
+    with use_backend(backend), torch.no_grad():
+        results = (getattr(ops, name)(t, **dict.fromkeys(others, t)) for t in (x, x[-8:].clone()))
+        whole, alone = (y[0] if isinstance(y, tuple) else y for y in results)
+    return whole[-8:].clone(), alone
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_elements_than_32_bits_count(target, name):
+    with much_memory(8 * 2 * 2**31):
+        torch.testing.assert_close(*last_rows(name, target[0]))
 
 
 # --- decoding ---
@@ -154,7 +207,7 @@ def test_more_elements_than_32_bits_count(target, name):
 
 def decoding(length: int, **changed):
     """(a function of the lengths and further inputs, the lengths, those inputs): new tokens on a cache nearly full."""
-    case = Case("", **({"lengths": (length, 3, length // 2), "capacity": length + 64, "dim": 64} | changed))
+    case = DecodeCase("", **({"lengths": (length, 3, length // 2), "capacity": length + 64, "dim": 64} | changed))
     inputs = case.inputs(torch.bfloat16, "cuda")
     lengths = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
 
@@ -169,7 +222,9 @@ def decoding(length: int, **changed):
 @pytest.mark.parametrize("heads, kv_heads, new, dim", [(8, 8, 1, 64), (16, 2, 1, 128), (4, 1, 4, 80), (12, 4, 2, 256)])
 @pytest.mark.parametrize("page", [0, 64])
 def test_decoding_of_long_caches(target, page, heads, kv_heads, new, dim, dtype):
-    case = Case("", lengths=(8000, 0, 777), heads=heads, kv_heads=kv_heads, new=new, dim=dim, capacity=8192, page=page)
+    case = DecodeCase(
+        "", lengths=(8000, 0, 777), heads=heads, kv_heads=kv_heads, new=new, dim=dim, capacity=8192, page=page
+    )
     check(case.call, case.inputs(dtype, "cuda"), target[0])
 
 
@@ -231,7 +286,7 @@ def test_decoding_on_another_gpu_than_the_current(target):
 def test_decoding_that_goes_to_triton(target, changed, why):
     changed = dict(changed)
     dtype = torch.float64 if changed.pop("dtype", None) else torch.bfloat16
-    case = Case("", **changed)
+    case = DecodeCase("", **changed)
     inputs = case.inputs(dtype, "cuda")
     if target[0] == "native":
         with use_backend("native"), pytest.raises(RuntimeError, match=f"cannot run attention_decode: .*{why}"):
@@ -246,17 +301,20 @@ def test_caches_of_more_elements_than_32_bits_count(target):
     """The last keys of a long cache, and the same ones alone."""
     heads, dim, seen = 8, 128, 200
     length = 2**31 // (heads * dim) + 64
-    if torch.cuda.mem_get_info()[0] < 5 * 2 * heads * length * dim:
-        pytest.skip("too little memory on this GPU")
+    with much_memory(5 * 2 * heads * length * dim):
+        torch.testing.assert_close(*last_keys(target[0], heads, dim, length, seen))
+
+
+def last_keys(backend: str, heads: int, dim: int, length: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
     torch.use_deterministic_algorithms(False)  # which would fill results of gigabytes with NaN first
     caches = [torch.randn(1, length, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2)]
     query = torch.randn(1, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
-    with use_backend(target[0]), torch.no_grad():
+    with use_backend(backend), torch.no_grad():
         lengths = torch.tensor([length], dtype=torch.int32, device="cuda")
         whole = ops.attention_decode(query, *caches, lengths, window=(seen - 1, -1))
         last = [cache[:, :, -seen:].contiguous() for cache in caches]
         alone = ops.attention_decode(query, *last, torch.full_like(lengths, seen))
-    torch.testing.assert_close(whole, alone)
+    return whole, alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -237,6 +238,8 @@ def test_the_gpu_tests_are_collected_where_there_is_a_gpu():
     code = (
         "import sys, pytest, torch\n"
         "torch.cuda.is_available = lambda: True\n"
+        "import pyllm\n"
+        "pyllm._library.cuda_error = lambda device: None\n"
         "torch.cuda.device_count = lambda: 1\n"
         "torch.cuda.get_device_capability = lambda device=None: (9, 0)\n"
         "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-p', 'no:cacheprovider']))\n"
@@ -244,9 +247,34 @@ def test_the_gpu_tests_are_collected_where_there_is_a_gpu():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    files = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    files = {line.split("::")[0] for line in tests}
     assert {f"tests/test_{n}.py" for n in ("cuda", "rows", "norm", "attention", "registration")} <= files
     assert "tests/test_bench.py" not in files
+    backends = [next(name for name in (*backend.BACKENDS, "") if f"{name}-cuda" in line or not name) for line in tests]
+    assert [*dict.fromkeys(backends)][:3] == ["native", "triton", "torch"] and backends.count("native") > 2000
+    assert tests[0].startswith("tests/test_cuda.py::")
+    assert sum("test_attention_on_tensor_cores" in line and "deterministic" in line for line in tests) > 100
+
+
+def test_a_refusal_is_found_behind_a_compilers_error():
+    """Which skips the tests of what the CUDA C++ kernels do not have, and nothing else."""
+
+    def raised(first: Exception, then: Exception | None) -> Exception:
+        try:
+            try:
+                raise first
+            except Exception as error:
+                raise then or first from error
+        except Exception as error:
+            return error
+
+    why = "backend 'native' cannot run activation: it has no CUDA C++ kernel"
+    assert conftest.refused(backend.CannotRun(why)) == why
+    assert conftest.refused(raised(backend.CannotRun(why), RuntimeError("compiler"))) == why
+    assert conftest.refused(RuntimeError(f"Unsupported: CannotRun: {why}\nfrom user code")) == why
+    assert conftest.refused(RuntimeError("CUDA error: an illegal memory access")) is None
+    assert conftest.refused(raised(backend.CannotRun(why), AssertionError("another message was expected"))) is None
 
 
 def test_import_leaves_the_cuda_library_alone():
