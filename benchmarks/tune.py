@@ -113,8 +113,8 @@ def best(
     numbers than the shipped tile, beyond torch.testing's tolerances, is left out. tiles: those to try, by default all
     candidates; none is begun after `end` on time.monotonic.
     """
-    trials = attention_tiles.tuned()
-    before = trials.pop(str(entry), None)
+    before = attention_tiles.tuned().get(str(entry))
+    attention_tiles.use(str(entry), None)
     try:
         with use_backend("triton"):
             call = entry.call(device)
@@ -125,7 +125,7 @@ def best(
             for tile in entry.candidates() if tiles is None else tiles:
                 if time.monotonic() > end:
                     break
-                trials[str(entry)] = tile
+                attention_tiles.use(str(entry), tile)
                 try:
                     torch.testing.assert_close(call(), expected)
                 except (AssertionError, *refusals):
@@ -135,15 +135,14 @@ def best(
                     chosen, fastest = tile, seconds
         return chosen, shipped / fastest if chosen else 1.0
     finally:
-        trials.pop(str(entry), None)
-        if before is not None:
-            trials[str(entry)] = before
+        attention_tiles.use(str(entry), before)
 
 
 def save(found: dict[str, str]) -> str:
     """Adds entries to the cache, at once for readers; returns its path."""
     path = attention_tiles.cache() / "attention_tiles.json"
-    attention_tiles.tuned().update(found)
+    for entry, tile in found.items():
+        attention_tiles.use(entry, tile)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(attention_tiles.tuned(), indent=1, sort_keys=True) + "\n")

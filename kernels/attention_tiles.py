@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from pyllm import replay
+
 WIDTHS = ("16-bit-64", "16-bit-128", "32-bit-64", "wide")  # heads of up to 128 B, 256 B, of fp32 256 B, and wider
 LOADS = ("plain", "busy", "distances")  # busy: with a mask, ALiBi, softcap or dropout; distances: a bias by distance
 
@@ -100,6 +102,15 @@ def tuned() -> dict[str, str]:
         if not re.fullmatch(pattern, f"{key}: {tile}"):
             raise ValueError(f"{path}: must map a target, pass, width and load to a tile, got {key!r}: {tile!r}")
     return entries
+
+
+def use(entry: str, tile: str | None) -> None:
+    """Takes a tile in this process for an entry as in attention_tiles.json; the shipped one again with None."""
+    if tile is None:
+        tuned().pop(entry, None)
+    else:
+        tuned()[entry] = tile
+    replay.forget()
 
 
 @lru_cache

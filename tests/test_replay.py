@@ -168,6 +168,24 @@ def test_what_is_learnt_is_forgotten():
     assert not DIRECT.source and not DIRECT._kinds
 
 
+def test_other_tiles_are_taken_at_once(monkeypatch):
+    from pyllm.kernels import attention, attention_tiles
+
+    kept = {}
+    monkeypatch.setattr(attention_tiles, "tuned", lambda: kept)
+    target = attention_tiles.target_of(torch.device(DEVICE))
+    taken = []
+    launch = attention.launch
+    monkeypatch.setattr(attention, "launch", lambda *a, **k: taken.append(k["BLOCK_M"]) or launch(*a, **k))
+    x = rows(1, 2, 40, 16)
+    with use_backend("triton"), torch.no_grad():
+        for _ in range(3):
+            pyllm.ops.attention(x, x, x)
+        attention_tiles.use(f"{target} fwd 32-bit-64 plain", "16x32x4x1")
+        pyllm.ops.attention(x, x, x)
+    assert len(taken) == 3 and taken[-1] == 16 != taken[0]
+
+
 def test_a_launcher_that_looks_at_numbers_is_not_repeated():
     lib = torch.library.Library("pyllm_test_replay", "FRAGMENT")
     lib.define("clipped(Tensor x) -> Tensor")
