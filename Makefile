@@ -2,14 +2,16 @@
 # Variables: PYTHON (interpreter that .venv is made from, and that `make gpu` runs), PYTEST_ARGS, MUTANTS_ARGS, OUT, CALL, PART, GPU_ARGS.
 PYTHON ?= python3
 BIN := .venv/bin
+STABLE_ABI := 0x020b000000000000
 CXX_FILES = $$(git ls-files '*.c' '*.cpp' '*.h' '*.cu' '*.cuh')
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) csrc/cuda/instances.py
 
-.PHONY: help install demo test mutants bench lint format check-triton check-cuda gpu wheel lock clean
+.PHONY: help install demo test test-oldest mutants bench lint format check-triton check-cuda gpu wheel lock clean
 
 help:
 	@echo "make demo          train a small GPT with pyllm's layers beside torch.nn's"
 	@echo "make test          run the tests; PYTEST_ARGS=\"-m ''\" also those marked slow"
+	@echo "make test-oldest   run the tests under the oldest PyTorch and Triton that are supported; 5 GB"
 	@echo "make mutants       plant faults one by one and count those that tests find; hours"
 	@echo "make bench         benchmark every operator against PyTorch, JSON in results/"
 	@echo "make install       set up .venv and build the extension"
@@ -37,6 +39,28 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+
+# The oldest PyTorch and Triton that pyllm supports, in an environment of their own (5 GB with CUDA's parts): its headers
+# take the C++, and the library that is built here, of a newer PyTorch, passes the tests there.
+OLDEST := build/oldest
+BINDINGS := $(filter-out %_kernel.cpp,$(wildcard csrc/library.cpp csrc/cpu/*.cpp))
+$(OLDEST)/installed: requirements.lock
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0
+	grep --invert-match --extended-regexp '^(torch|triton|setuptools)==' requirements.lock > $(OLDEST)/rest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/rest.txt
+	@touch $@
+
+test-oldest: install $(OLDEST)/installed
+	headers=$$($(OLDEST)/bin/python -c "import torch, os; print(os.path.dirname(torch.__file__))")/include; \
+	for file in $(BINDINGS); do \
+	  $(CXX) -std=c++20 -fsyntax-only -w -DTORCH_TARGET_VERSION=$(STABLE_ABI) -Icsrc -isystem $$headers $$file || exit 1; \
+	done
+	rm -rf $(OLDEST)/site
+	$(BIN)/python setup.py --quiet build_py --build-lib $(OLDEST)/site
+	cp pyllm/*.so $(OLDEST)/site/pyllm/
+	cd $(OLDEST)/site && ../bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -n 2 -m "not slow" \
+	  $(PYTEST_ARGS) $(CURDIR)/tests
 
 mutants: install
 	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS)

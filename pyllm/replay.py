@@ -48,7 +48,6 @@ class Recorder(TorchDispatchMode):
         self.result = None
         self.repeats = True
         self._named = False
-        self._runs = 0
         for i, value in enumerate(inputs):
             if isinstance(value, Tensor):
                 # Of one tensor twice the next call may have two, unless the kind of a call tells.
@@ -57,15 +56,14 @@ class Recorder(TorchDispatchMode):
         self._first = next(iter(self._names.values()), "")
         self._inputs_device = next((x.device for x in inputs if isinstance(x, Tensor)), None)
 
-    def run(self, launcher: Callable, args: tuple):
-        """launcher(*args), written down."""
-        self._runs += 1
-        same = len(args) == len(self._inputs) and all(
-            a is b for a, b in zip(args, self._inputs, strict=True) if isinstance(a, Tensor)
-        )
-        self.repeats &= same and self._runs == 1
-        with self:
-            self.result = launcher(*args)
+    def run(self, launcher: Callable):
+        """launcher(*inputs), written down."""
+        _local.recorder = self
+        try:
+            with self:
+                self.result = launcher(*self._inputs)
+        finally:
+            _local.recorder = None
         return self.result
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -111,7 +109,7 @@ class Recorder(TorchDispatchMode):
         names = ", ".join(f"a{i}" for i in range(len(self._inputs)))
         body = [*self._lines, f"return {self._expression(self.result)}"]
         source = f"def replay({names}):\n" + "".join(f"    {line}\n" for line in body)
-        return source if self.repeats and self._runs else None
+        return source if self.repeats else None
 
     def function(self, source: str) -> Callable:
         namespace = dict(self._constants)
@@ -158,21 +156,34 @@ def paused() -> Iterator[None]:
 
 
 class Replayed:
-    """An operator on Triton's kernels, to be called where nothing but the operator's result is asked for.
+    """An operator on Triton's kernels, called without the dispatcher, or by it.
 
-    A call that something else watches goes through the dispatcher: a mode, a trace, a profiler, a subclass of Tensor.
+    `direct` is for calls of which nothing but the result is wanted; one that something watches goes through the
+    dispatcher: a mode, a trace, a profiler, a subclass of Tensor. `run` is what the dispatcher calls.
     """
 
-    def __init__(self, overload: OpOverload):
+    def __init__(self, overload: OpOverload, load: Callable[[], Callable]):
+        """load: returns the launcher, at the first call."""
         self._overload = overload
+        self._load = load
+        self._launcher: Callable | None = None
         self._kinds: dict[tuple, Callable | None] = {}
         self._plain: set[int] = set()
-        self.source: dict[tuple, str] = {}
+        self.source: dict[tuple, str | None] = {}
         remembering.append(self)
 
-    def __call__(self, *args):
+    def direct(self, *args):
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
             return self._overload(*args)
+        kind = self._kind(args)
+        return self._overload(*args) if kind is None else self._repeat(kind, args)
+
+    def run(self, *args):
+        kind = self._kind(args)
+        return self._launched(args) if kind is None else self._repeat(kind, args)
+
+    def _kind(self, args: tuple) -> tuple | None:
+        """All that a launcher may go by; None with a tensor that the dispatcher would do something with."""
         kind = []
         before = None
         for value in args:
@@ -180,27 +191,18 @@ class Replayed:
             if of is Tensor or of is Parameter:
                 keys = torch._C._dispatch_keys(value).raw_repr()
                 if keys not in self._plain and not self._is_plain(value, keys):
-                    return self._overload(*args)
+                    return None
                 aligned = value.data_ptr() & _ALIGNED
                 kind += (keys, value.dtype, value.size(), value.stride(), aligned, value is before)
                 before = value
             elif isinstance(value, Tensor):
-                return self._overload(*args)
+                return None
             else:
                 kind.append(value)
                 before = None
-        device = args[0].get_device()  # every operator's first argument is a tensor, on the device of all
-        kind = (device, *kind)
-        replay = self._kinds.get(kind)
-        if replay is None:
-            return self._learn(kind, args)
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return replay(*args)
-        return replay(*args)
+        return (args[0].get_device(), *kind)  # every operator's first argument is a tensor, on the device of all
 
     def _is_plain(self, value: Tensor, keys: int) -> bool:
-        """Whether the dispatcher does nothing with such a tensor on the way to a kernel."""
         if value.layout is not torch.strided:
             return False
         with torch.inference_mode(value.is_inference()):
@@ -210,22 +212,35 @@ class Replayed:
         self._plain.add(keys)
         return True
 
+    def _repeat(self, kind: tuple, args: tuple):
+        replay = self._kinds.get(kind)
+        if replay is None:
+            return self._learn(kind, args)
+        device = kind[0]
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return replay(*args)
+        return replay(*args)
+
     def _learn(self, kind: tuple, args: tuple):
         if kind not in self._kinds:  # most kinds of a call that is made once are never seen again
             if len(self._kinds) >= KINDS:
                 self.forget()
             self._kinds[kind] = None
-            return self._overload(*args)
+            return self._launched(args)
         recording = Recorder(args)
-        _local.recorder = recording
-        try:
-            out = self._overload(*args)
-        finally:
-            _local.recorder = None
+        out = recording.run(self._loaded())
         source = recording.source()
-        self._kinds[kind] = self._overload if source is None else recording.function(source)
+        self._kinds[kind] = self._launcher if source is None else recording.function(source)
         self.source[kind] = source
         return out
+
+    def _launched(self, args: tuple):
+        return self._loaded()(*args)
+
+    def _loaded(self) -> Callable:
+        self._launcher = self._launcher or self._load()
+        return self._launcher
 
     def forget(self) -> None:
         self._kinds.clear()

@@ -9,6 +9,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,19 +48,15 @@ def kernel(module: str | Callable, mutates: Sequence[str] = ()) -> Callable[[Cal
         name = fake.__name__
         fake.__signature__ = _with_fields(inspect.signature(fake))
 
-        launcher = None
-
-        def launch(*args):
-            nonlocal launcher
-            if composed:
-                return module(torch.ops.pyllm_triton, *args)
-            launcher = launcher or getattr(importlib.import_module(f"pyllm.kernels.{module}"), name)
-            recorder = replay.recorder()
-            return launcher(*args) if recorder is None else recorder.run(launcher, args)
-
         _triton.define(name + torch.library.infer_schema(fake, mutates_args=mutates))
+        triton = direct = getattr(torch.ops.pyllm_triton, name).default
+        if composed:
+            run = partial(module, torch.ops.pyllm_triton)
+        else:
+            replayed = replay.Replayed(triton, partial(_launcher, module, name))
+            run, direct = replayed.run, replayed.direct
         for key in ("CPU", "CUDA"):
-            _triton.impl(name, launch, key)
+            _triton.impl(name, run, key)
         torch.library.register_fake(f"pyllm_triton::{name}", fake)
         native = None
         if _library.error is None:
@@ -67,10 +64,13 @@ def kernel(module: str | Callable, mutates: Sequence[str] = ()) -> Callable[[Cal
                 _native.impl(name, lambda *args: module(torch.ops.pyllm, *args), "CPU")
             torch.library.register_fake(f"pyllm::{name}", fake)
             native = getattr(torch.ops.pyllm, name).default
-        triton = getattr(torch.ops.pyllm_triton, name).default
-        return Kernel(native, triton, triton if composed else replay.Replayed(triton))
+        return Kernel(native, triton, direct)
 
     return register
+
+
+def _launcher(module: str, name: str) -> Callable:
+    return getattr(importlib.import_module(f"pyllm.kernels.{module}"), name)
 
 
 def _with_fields(signature: inspect.Signature) -> inspect.Signature:
