@@ -90,7 +90,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", action="append", choices=("fwd", "key", "query", "decode"), help="default: all passes"
     )
-    widths = ("16-bit-64", "16-bit-128", "32-bit-64", "wide")
+    widths = ("16-bit-64", "16-bit-128", "16-bit-256", "32-bit-64", "wide")
     parser.add_argument("--width", action="append", choices=widths, help="dtype and head_dim; default: all")
     emit = parser.add_argument_group("the table of default backends, in place of the tiles")
     emit.add_argument("--emit", type=Path, metavar="FILE", help="measure this machine's rows of pyllm/dispatch.csv")
