@@ -24,8 +24,9 @@ BATCH, HEADS, LENGTH = 4, 16, 4096
 _DTYPE_AND_DIM = {
     "16-bit-64": (torch.bfloat16, 64),
     "16-bit-128": (torch.bfloat16, 128),
+    "16-bit-256": (torch.bfloat16, 256),
     "32-bit-64": (torch.float32, 64),
-    "wide": (torch.bfloat16, 256),
+    "wide": (torch.float32, 128),
 }
 
 

@@ -369,11 +369,19 @@ def within(s, distance, left, right):
 
 
 @triton.jit
-def absorb(s, total, peak, NATURAL: tl.constexpr):
-    """Online softmax of more scores of rows [BLOCK_M, BLOCK_N]: (weights, factor of earlier ones, sum, maximum)."""
+def absorb(s, total, peak, NATURAL: tl.constexpr, factor=None):
+    """Online softmax of more scores of rows [BLOCK_M, BLOCK_N]: (weights, factor of earlier ones, sum, maximum).
+
+    factor: above 0, what s is still to be multiplied by, in the same instruction that subtracts the maximum.
+    """
     TO_LOG2: tl.constexpr = LOG2E if NATURAL else 1.0
-    new_peak = tl.maximum(peak, tl.max(s, 1))
+    highest = tl.max(s, 1)
+    if factor is not None:
+        highest *= factor
+    new_peak = tl.maximum(peak, highest)
     base = tl.where(new_peak == -INF, 0.0, new_peak)  # a row that is empty so far
+    if factor is not None:
+        s *= factor
     p = tl.exp2((s - base[:, None]) * TO_LOG2)
     shrink = tl.exp2((peak - base) * TO_LOG2)
     return p, shrink, total * shrink + tl.sum(p, 1), new_peak
@@ -415,12 +423,14 @@ def scores(
     SOFTCAP: tl.constexpr,
     BOUNDARY: tl.constexpr,
     SWAP: tl.constexpr = False,
+    RAW: tl.constexpr = False,
 ):
     """(scores [BLOCK_M, BLOCK_N], -inf where a mask or the band removes them; softcap's tanh). Every bias belongs here.
 
     scales: (what q.k is multiplied by, by softcap's division too; softcap).
     NATURAL: in natural units, else times log2(e), so that exp2 serves: a multiplication less, but the last bits of
-    fp32 want the former, and so does an added mask, which may hold the lowest finite number.
+    fp32 want the former, and so does an added mask, which may hold the lowest finite number. RAW: not multiplied by
+    scales, for which there may be no bias.
     """
     BLOCK_M: tl.constexpr = b_q.shape[0]
     BLOCK_N: tl.constexpr = b_k.shape[0]
@@ -430,7 +440,10 @@ def scores(
     o_n = first_n + tl.arange(0, BLOCK_N)
     first_distance = first_n - first_m - head.shift
     distance = o_n[None, :] - (o_m + head.shift)[:, None]
-    s, bent = capped(outer(b_q, b_k, SWAP), scales, b_q.dtype.primitive_bitwidth, NATURAL, SOFTCAP)
+    s = outer(b_q, b_k, SWAP)
+    bent = s
+    if not RAW:
+        s, bent = capped(s, scales, b_q.dtype.primitive_bitwidth, NATURAL, SOFTCAP)
     if features.distances is not None:
         R = features.distances.reach
         p_bias = features.distances.p + head.h * (2 * R + 1) + R

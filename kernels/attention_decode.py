@@ -278,6 +278,11 @@ def _shares(capacity: int, programs: int, device: torch.device) -> int:
     return max(1, min(wanted, capacity // 256, 128))
 
 
+def _warps(shares: int, block_d: int) -> dict:
+    """So that a thread holds up to 128 numbers of all shares."""
+    return {"num_warps": min(8, max(1, triton.next_power_of_2(shares) * block_d // 2048))}
+
+
 def _bundles(call: DecodeCall) -> dict:
     """What the append and the attention take alike."""
     table = None if call.block_table is None else row_major(call.block_table)
@@ -317,6 +322,8 @@ def attention_decode_fwd(*args, target: str | None = None) -> tuple[Tensor, Tens
     load = "distances" if biased else "plain"
     sizes = tiles("decode", target or target_of(device), query.element_size(), widths["BLOCK_D"], load)
     del sizes["TMA"]
+    if call.block_table is not None and sizes["num_stages"] > 1:
+        sizes["num_stages"] = 5  # with fewer, the look-ups of pages leave no keys or values in flight
     sizes["BLOCK_M"] = min(sizes["BLOCK_M"], max(16, triton.next_power_of_2(group * new)))
     programs = batch * kv_heads * triton.cdiv(group * new, sizes["BLOCK_M"])
     capacity = call.key_cache.shape[2] * (1 if call.block_table is None else call.block_table.shape[1])
@@ -357,6 +364,7 @@ def attention_decode_fwd(*args, target: str | None = None) -> tuple[Tensor, Tens
             Sn=new,
             rows=lse.numel(),
             BLOCK_S=triton.next_power_of_2(shares),
+            **_warps(shares, widths["BLOCK_D"]),
             **widths,
         )
     return out, lse
@@ -370,12 +378,19 @@ def aot_variants(target: str) -> Iterator[tuple]:
     batch, heads, kv_heads, capacity, page = 1, 16, 2, 4096, 64
     features = ("none", "append rotary", "append paged rotary interleaved", "t5 paged", "alibi window softcap")
     cases = [(torch.bfloat16, dim, feature) for dim in (64, 128) for feature in features]
-    cases += [(dtype, 64, "append paged rotary") for dtype in (torch.float16, torch.float32)]
+    cases += [(dtype, 64, "append paged rotary") for dtype in (torch.float16, torch.float32, torch.float64)]
+    if target == "sm_90":  # what compiles there compiles elsewhere
+        cases += [(torch.bfloat16, dim, "append paged rotary") for dim in (2, 256)]
+        cases += [(torch.float64, 256, "t5 paged"), (torch.float64, 1, "alibi window softcap")]
     for dtype, dim, feature in cases:
         named = feature.split()
         empty = partial(torch.empty, dtype=dtype, device="meta")
         numbers = partial(torch.empty, dtype=torch.int32, device="meta")
-        angles = [torch.empty(capacity, dim // 2, device="meta") if "rotary" in named else None for _ in range(2)]
+        statistics = torch.float64 if dtype == torch.float64 else torch.float32
+        turned = "rotary" in named
+        angles = [
+            torch.empty(capacity, dim // 2, dtype=statistics, device="meta") if turned else None for _ in range(2)
+        ]
         caches = (
             (batch * capacity // page, kv_heads, page, dim) if "paged" in named else (batch, kv_heads, capacity, dim)
         )
@@ -387,8 +402,8 @@ def aot_variants(target: str) -> Iterator[tuple]:
             numbers(batch, capacity // page) if "paged" in named else None,
             *(empty(batch, kv_heads, 1, dim) if "append" in named else None for _ in range(2)),
             *angles,
-            distance_bias=torch.empty(heads, 257, device="meta") if "t5" in named else None,
-            alibi_slopes=torch.empty(1, heads, device="meta") if "alibi" in named else None,
+            distance_bias=torch.empty(heads, 257, dtype=statistics, device="meta") if "t5" in named else None,
+            alibi_slopes=torch.empty(1, heads, dtype=statistics, device="meta") if "alibi" in named else None,
             scale=dim**-0.5,
             softcap=30.0 if "softcap" in named else 0.0,
             left=256 if "window" in named else -1,
@@ -399,3 +414,6 @@ def aot_variants(target: str) -> Iterator[tuple]:
             attention_decode_fwd(*call, target=target)
         label = f"{dtype} D={dim} {feature}".removeprefix("torch.")
         yield from ((label, *launched) for launched in calls)
+        kernel, signature, constexprs, options = calls[-1]
+        if kernel is attention_decode_merge_kernel:  # as many shares as there are at most
+            yield label + " 128 shares", kernel, signature, constexprs | {"BLOCK_S": 128}, options | _warps(128, dim)

@@ -6,6 +6,7 @@ import triton.language as tl
 from pyllm.kernels._common import rounded
 from pyllm.kernels.attention_common import (
     INF,
+    LOG2E,
     absorb,
     at,
     dot,
@@ -42,15 +43,20 @@ def _attend(
     SOFTCAP: tl.constexpr,
     BOUNDARY: tl.constexpr,
     TMA: tl.constexpr,
+    factor=None,
 ):
-    """Takes the keys in [start, end) into acc [BLOCK_M, BLOCK_D] and the rows' sum and maximum [BLOCK_M]."""
+    """Takes the keys in [start, end) into acc [BLOCK_M, BLOCK_D] and the rows' sum and maximum [BLOCK_M].
+
+    factor: None, or what takes the place of scales, see `absorb`.
+    """
+    RAW: tl.constexpr = factor is not None
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_D: tl.constexpr = acc.shape[1]
     features = call.features
     for first_n in range(start, end, BLOCK_N):
         b_k = load_rows(p_k, call.k.row, first_n, head.Sk, D, BLOCK_N, BLOCK_D, BOUNDARY, TMA)
-        s = scores(b_q, b_k, first_m, first_n, scales, head, features, NATURAL, SOFTCAP, BOUNDARY)[0]
-        p, shrink, total, peak = absorb(s, total, peak, NATURAL)
+        s = scores(b_q, b_k, first_m, first_n, scales, head, features, NATURAL, SOFTCAP, BOUNDARY, False, RAW)[0]
+        p, shrink, total, peak = absorb(s, total, peak, NATURAL, factor)
         if features.p_rng is not None:
             o_m = first_m + tl.arange(0, BLOCK_M)
             keep = keep_mask(head.seed, head.offset, head.index, o_m, first_n, features.threshold, BLOCK_N)
@@ -88,6 +94,13 @@ def attention_fwd_kernel(
     first_m = (tiles - 1 - tile) * BLOCK_M  # causal: the longest rows first
 
     b_q = load_rows(at(call.q, head, head.h, head.row_q), call.q.row, first_m, head.Sq, D, BLOCK_M, BLOCK_D, True)
+    factor = None
+    if not NATURAL and not SOFTCAP and features.slopes is None:
+        # Its sign and a scale of 0 go to the queries, so that hidden scores stay -inf and the largest is the largest.
+        factor = scales[0] * LOG2E
+        sign = tl.where(factor < 0.0, -1.0, tl.where(factor == 0.0, 0.0, 1.0))
+        b_q = (b_q.to(ACC) * sign).to(b_q.dtype)
+        factor = tl.where(factor == 0.0, 1.0, tl.abs(factor))
     p_k = matrix(call.k, head, head.h // GROUP, head.row_k, head.Sk, D, BLOCK_N, BLOCK_D, TMA)
     p_v = matrix(call.v, head, head.h // GROUP, head.row_k, head.Sk, D, BLOCK_N, BLOCK_D, TMA)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
@@ -117,6 +130,7 @@ def attention_fwd_kernel(
                 SOFTCAP,
                 part != 1,
                 TMA,
+                factor,
             )
 
     b_out, b_lse = finished(acc, total, peak, NATURAL)

@@ -207,7 +207,8 @@ def norm_bwd_kernel(
     dweight = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
     dx_bias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-    for start in range(program * BLOCK_M, rows, step):
+    # Two tiles ahead, where that costs no registers.
+    for start in tl.range(program * BLOCK_M, rows, step, num_stages=3 if BLOCK_M * BLOCK_N <= 2048 else 1):
         mean_g = tl.zeros([BLOCK_M, 1], COMPUTE)
         mean_gx = tl.zeros([BLOCK_M, 1], COMPUTE)
         if not LOOPED:
@@ -315,7 +316,8 @@ def _backward(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dty
         rows, n = rstd.shape[0], z.shape[-1]
         limit = BACKWARD_LIMIT // max(1, z.element_size() // 2) // (1 if x_bias is None else 2)
         tile = row_tile(n, limit, per_thread=8)
-        per_processor = min(16, max(1, 8192 // triton.next_power_of_2(n)))
+        # Of tiles of 2048, two or three blocks are on an H100's processor at once: whole waves.
+        per_processor = 6 if tile["BLOCK_M"] * tile["BLOCK_N"] <= 2048 else max(1, 8192 // triton.next_power_of_2(n))
         programs = min(triton.cdiv(rows, tile["BLOCK_M"]), per_processor * processors(z.device))
         partials = [None if p is None else rstd.new_empty(programs, n) for p in parameters]
         launch(
@@ -390,6 +392,7 @@ def aot_variants(target: str) -> Iterator[tuple]:
         *((torch.float32, torch.float32, n) for n in (8192, 16384)),
         (torch.float16, torch.float16, 4096),
         (torch.bfloat16, torch.float32, 4096),
+        (torch.float64, torch.float64, 4096),
     ):
         x = torch.empty(4096, n, dtype=x_dtype, device="meta")
         residual = torch.empty(4096, n, dtype=residual_dtype, device="meta")

@@ -154,6 +154,8 @@ CASES = [
     # boolean masks
     Case("keys-bool", sq=33, sk=65, mask=(65,)),
     Case("rows-bool", sk=9, mask=(7, 1), options={"scale": 2.0}),
+    Case("scale-0", sq=33, sk=65, mask=(33, 65), padding=True, options={"scale": 0.0, "window": (9, 9)}),
+    Case("scale-below-0", sq=65, sk=65, mask=(65, 65), padding=True, options={"scale": -0.3, **CAUSAL}),
     Case("matrix-bool", sq=33, sk=65, mask=(33, 65), padding=True, options=CAUSAL | BOTTOM | DROPOUT),
     Case("batch-bool", mask=(2, 1, 1, 7)),
     Case("full-bool", sk=40, mask=(2, 2, 7, 40), options=DROPOUT | {"window": (4, 30)}),

@@ -121,7 +121,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", action="append", choices=("fwd", "key", "query", "decode"), help="default: all passes"
     )
-    widths = ("16-bit-64", "16-bit-128", "32-bit-64", "wide")
+    widths = ("16-bit-64", "16-bit-128", "16-bit-256", "32-bit-64", "wide")
     parser.add_argument("--width", action="append", choices=widths, help="dtype and head_dim; default: all")
     parser.add_argument("--load", action="append", choices=("plain", "busy", "distances"), help="default: all")
     which = parser.add_mutually_exclusive_group()
