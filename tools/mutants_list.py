@@ -268,6 +268,22 @@ CUDA = [
     ("csrc/cuda/attention_plan.h", "packed ? length / size + count :", "packed ? length / size :", "test_cuda_attention.py -k one_slot"),
 ]
 
+REPLAY = "test_replay.py -k"
+REPLAYS = [
+    ("pyllm/replay.py", "aligned, value is before)", "aligned, False)", f"{REPLAY} given_twice"),
+    ("pyllm/replay.py", "id(value) not in self._names or value is inputs[i - 1]", "True", f"{REPLAY} given_twice"),
+    ("pyllm/replay.py", "if torch._C._dispatch_keys(model).raw_repr() != keys:", "if False:", f"{REPLAY} another_kind"),
+    ("pyllm/replay.py", "or torch._C._len_torch_dispatch_stack()", "or False", f"{REPLAY} mode_sees"),
+    ("pyllm/replay.py", "or torch.autograd._profiler_enabled()", "or False", f"{REPLAY} profiler_sees"),
+    ("pyllm/replay.py", "if not isinstance(out, Tensor):", "if False:", f"{REPLAY} looks_at_numbers"),
+    ("pyllm/replay.py", "if len(self._kinds) >= KINDS:", "if False:", f"{REPLAY} room_for"),
+    ("pyllm/replay.py", "elif isinstance(value, Tensor):\n                return None", "elif isinstance(value, Tensor):\n                kind.append(None)", f"{REPLAY} subclass"),
+    ("kernels/attention_tiles.py", "        tuned()[entry] = tile\n    replay.forget()", "        tuned()[entry] = tile", f"{REPLAY} tiles"),
+    ("pyllm/graphs.py", "self._run(_buffers(tensors))  # laid", "self._run(tuple(tensors))  # laid", "test_graphs.py -k warmed_up"),
+    ("pyllm/dispatch.py", "found = found or [", "found = [", "test_dispatch.py -k architectures_estimates"),
+    ("pyllm/backend.py", "    if _TAKES_REFERENCES:", "    if not _TAKES_REFERENCES:", "test_backend_setting.py -k outlives"),
+]
+
 AREAS = {
     "cache, generation": CACHES,
     "packing, masks": PACKING,
@@ -275,6 +291,7 @@ AREAS = {
     "graphs": GRAPHS,
     "operators": OPERATORS,
     "Triton": TRITON,
+    "replays": REPLAYS,
     "C++ on the CPU": NATIVE,
     "CUDA on the host model": CUDA,
 }
