@@ -16,7 +16,7 @@ help:
 	@echo "make bench         benchmark every operator against PyTorch, JSON in results/"
 	@echo "make install       set up .venv and build the extension"
 	@echo "make lint          ruff, clang-format"
-	@echo "make check-triton  compile every Triton kernel ahead of time; fail on spills"
+	@echo "make check-triton  compile every Triton kernel ahead of time, with two versions of Triton; fail on spills"
 	@echo "make check-cuda    compile every CUDA kernel for every architecture; fail on spills"
 	@echo "make wheel         build a wheel into dist/"
 	@echo "make gpu OUT=dir   on a machine with a GPU: check, tests, races, sanitizer, benchmarks against peers"
@@ -79,8 +79,15 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-check-triton: install
+# PyTorch 2.11, the oldest that the library serves, brings Triton 3.6.
+OTHER_TRITON := 3.6.0
+build/triton-$(OTHER_TRITON): | .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(OTHER_TRITON)
+
+check-triton: install build/triton-$(OTHER_TRITON)
 	$(BIN)/python -m pyllm.kernels.aot --out docs/triton.md
+	PYTHONPATH=$(CURDIR)/build/triton-$(OTHER_TRITON) $(BIN)/python -m pyllm.kernels.aot \
+	  --targets sm_90 --out docs/triton.md --append
 
 check-cuda: install
 	$(BIN)/python csrc/cuda/check.py --out docs/cuda.md

@@ -239,7 +239,7 @@ def activation_bwd(dy, x, up, bias, rng, dropout_p, kind):
 def aot_variants(target: str) -> Iterator[tuple]:
     """What the launchers compile, for kernels/aot.py; the same on every target."""
     rng = torch.empty(2, dtype=torch.int64, device="meta")
-    for dtype, n in ((torch.bfloat16, 3072), (torch.float32, 3072), (torch.float16, 1000)):
+    for dtype, n in ((torch.bfloat16, 3072), (torch.float32, 3072), (torch.float16, 1000), (torch.float64, 3072)):
         x, bias = (torch.empty(*shape, n, dtype=dtype, device="meta") for shape in ((4096,), ()))
         for kind in ("relu", "gelu", "gelu_tanh", "silu", "geglu", "swiglu"):
             with captured() as calls:

@@ -1,9 +1,10 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and gates what the compiler reports.
 
-    python -m pyllm.kernels.aot [--out docs/triton.md] [--targets sm_90 gfx942]
+    python -m pyllm.kernels.aot [--out docs/triton.md] [--append] [--targets sm_90 gfx942]
 
 prints a line for each compiled variant, writes the table as Markdown, and exits with 1 if a kernel does not compile,
-spills registers or wants more shared memory than a block may have on the card.
+wants more shared memory than a block may have on the card, or spills more registers than SPILLS has a reason for.
+--append adds the table of this version of Triton to what another one has written.
 
 Each module named in MODULES offers its kernels through
 
@@ -47,6 +48,37 @@ FEWEST_REGISTERS = 16
 
 
 @dataclass(frozen=True)
+class Allowance:
+    """Spills that are reported, not refused: of kernels and variants (patterns of names), up to `most` B a thread."""
+
+    kernel: str
+    variant: str
+    most: int
+    why: str
+
+
+SPILLS = (
+    Allowance(r"attention_\w+", r"float64 .*", 640, "a number takes two registers, and no tile is smaller"),
+    Allowance(
+        "attention_bwd_key_kernel",
+        "bfloat16 D=128 .*",
+        320,
+        "tiles of 32 x 128 have half the instructions of those that do not spill, and their products on wgmma",
+    ),
+    Allowance(
+        "attention_bwd_key_kernel",
+        "bfloat16 D=256 .*",
+        640,
+        "dk and dv alone are 128 registers; tiles that do not spill have twice the instructions, and no wgmma",
+    ),
+    Allowance("attention_fwd_kernel", "bfloat16 D=256 t5 causal", 32, "a few numbers outside the loop"),
+    Allowance(
+        "attention_bwd_mask_kernel", "bfloat16 .*", 128, "takes the tiles of the kernel of dq, which do not spill"
+    ),
+)
+
+
+@dataclass(frozen=True)
 class Row:
     """One variant on one target. shared: bytes a block; registers: per thread; spills: bytes per thread."""
 
@@ -68,8 +100,16 @@ def verdict(row: Row) -> str | None:
         return f"wants {row.shared:,} B of shared memory, {row.target} has {limit:,}"
     if row.target.startswith("sm_") and row.registers < FEWEST_REGISTERS:
         return f"has only {row.registers} registers: its body was optimised away"
-    if row.spills:
+    if row.spills and not allowance(row):
         return f"spills {row.spills} B of registers per thread"
+    return None
+
+
+def allowance(row: Row) -> Allowance | None:
+    """Why this row may spill what it spills."""
+    for one in SPILLS:
+        if re.fullmatch(one.kernel, row.kernel) and re.fullmatch(one.variant, row.variant) and row.spills <= one.most:
+            return one
     return None
 
 
@@ -143,16 +183,30 @@ def compile_all(targets: Sequence[str], workers: int = 2) -> Iterator[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    import triton
-
     limits = "; ".join(f"{name} {limit:,}" for name, (*_, limit) in TARGETS.items())
-    refused = sum(verdict(row) is not None for row in rows)
     lines = [
         "# Triton kernels, compiled ahead of time",
         "",
-        f"Written by `python -m pyllm.kernels.aot` with Triton {triton.__version__}, without a GPU. What compiles here",
-        "has not thereby run: see [verified.md](verified.md). Shared memory is in bytes a block, registers are per",
-        "thread, spills in bytes per thread. Bytes of shared memory that a block may have: " + limits + ".",
+        "Written by `python -m pyllm.kernels.aot`, without a GPU. What compiles here has not thereby run: see",
+        "[verified.md](verified.md). Shared memory is in bytes a block, registers are per thread, spills in bytes per",
+        "thread. Bytes of shared memory that a block may have: " + limits + ".",
+        "",
+        "Spills that are not refused:",
+        "",
+        *(f"- {one.kernel}, {one.variant}, up to {one.most} B: {one.why}" for one in SPILLS),
+        "",
+    ]
+    return "\n".join(lines) + section(rows)
+
+
+def section(rows: Sequence[Row]) -> str:
+    """The table of this version of Triton."""
+    import triton
+
+    refused = sum(verdict(row) is not None for row in rows)
+    lines = [
+        "",
+        f"## Triton {triton.__version__}",
         "",
         f"{len(rows)} compilations, {refused} refused.",
         "",
@@ -167,7 +221,7 @@ def markdown(rows: Sequence[Row]) -> str:
             f"{row.shared:,}",
             row.registers,
             row.spills,
-            verdict(row) or "ok",
+            verdict(row) or ("ok, spills" if row.spills else "ok"),
         )
         lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
@@ -176,6 +230,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyllm.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write the Markdown table")
+    parser.add_argument("--append", action="store_true", help="keep what is there")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     arguments = parser.parse_args(argv)
     rows = []
@@ -189,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out:
         rows.sort(key=lambda row: (row.kernel, row.variant))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(markdown(rows))
+        text = arguments.out.read_text() + section(rows) if arguments.append else markdown(rows)
+        arguments.out.write_text(text)
     refused = [row for row in rows if verdict(row) is not None]
     print(f"{len(rows)} compilations, {len(refused)} refused")
     for row in refused:

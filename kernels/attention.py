@@ -238,8 +238,8 @@ FEATURES = (
 
 
 def _variant(feature: str, dtype: torch.dtype, dim: int) -> AttentionCall:
-    """A call with the features named, of tensors without memory."""
-    batch, heads, length = 2, 16, 4096
+    """A call with the features named, of tensors without memory; with a head_dim of 1, strides are 1, too."""
+    batch, heads, length = 2, 16 if dim > 1 else 1, 4096
     empty = partial(torch.empty, device="meta")
     named = feature.split()
     rows = (1, heads, batch * length, dim) if "varlen" in named else (batch, heads, length, dim)
@@ -253,9 +253,9 @@ def _variant(feature: str, dtype: torch.dtype, dim: int) -> AttentionCall:
         attn_mask=empty(batch, heads, length, length, dtype=torch.bool if "bool" in named else dtype)
         if masked
         else None,
-        key_padding_mask=empty(batch, length, dtype=torch.bool) if masked else None,
-        distance_bias=empty(heads, 257) if "t5" in named else None,
-        alibi_slopes=empty(1, heads) if "alibi" in named else None,
+        key_padding_mask=empty(rows[0], rows[2], dtype=torch.bool) if masked else None,
+        distance_bias=empty(heads, 257, dtype=statistics_type(query)) if "t5" in named else None,
+        alibi_slopes=empty(1, heads, dtype=statistics_type(query)) if "alibi" in named else None,
         cu_seqlens_q=bounds,
         cu_seqlens_k=bounds,
         rng=empty(2, dtype=torch.int64) if "dropout" in named else None,
@@ -272,6 +272,12 @@ def aot_variants(target: str) -> Iterator[tuple]:
     """What the launchers compile, for kernels/aot.py: without a GPU, from tensors without memory."""
     cases = [(torch.bfloat16, dim, feature) for dim in (64, 128) for feature in FEATURES]
     cases += [(dtype, 64, f) for dtype in (torch.float16, torch.float32) for f in ("causal", "float dropout")]
+    cases += [(torch.bfloat16, 256, "causal"), (torch.float64, 64, "bool causal")]
+    if target == "sm_90":  # what compiles there compiles elsewhere
+        cases += [(torch.bfloat16, 256, f) for f in ("float dropout", "t5 causal", "alibi window softcap")]
+        cases += [(torch.bfloat16, 1, "float dropout"), (torch.bfloat16, 128, "bool varlen window")]
+        cases += [(torch.float32, 128, f) for f in ("causal", "bool causal")]
+        cases += [(torch.float64, 1, "bool t5 alibi window dropout"), (torch.float64, 256, "bool dropout")]
     for dtype, dim, feature in cases:
         call = _variant(feature, dtype, dim)
         label = f"{dtype} D={dim} {feature}".removeprefix("torch.")

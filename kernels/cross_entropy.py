@@ -285,12 +285,14 @@ def aot_variants(target: str) -> Iterator[tuple]:
         (torch.float16, True, 0.1, 50257),
         (torch.float32, False, 0.1, 16384),
         (torch.float32, True, 0.1, 32000),
+        (torch.float64, False, 0.1, 32000),
     ):
         logits = torch.empty(4096, n, dtype=dtype, device="meta")
         index = torch.empty(4096, dtype=torch.int64, device="meta")
-        weight = torch.empty(n, device="meta") if weighted else None
-        factor = torch.empty((), device="meta")
-        statistics = torch.empty(4, 4096, device="meta")
+        own = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = torch.empty(n, dtype=own, device="meta") if weighted else None
+        factor = torch.empty((), dtype=own, device="meta")
+        statistics = torch.empty(4, 4096, dtype=own, device="meta")
         with captured() as calls:
             cross_entropy_fwd(logits, index, weight, None, -100, smoothing, 1e-4, False)
             cross_entropy_inplace_fwd(logits, index, weight, factor, -100, smoothing, 1e-4)

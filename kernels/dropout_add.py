@@ -132,6 +132,7 @@ def aot_variants(target: str) -> Iterator[tuple]:
         (torch.bfloat16, torch.bfloat16),
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
     ):
         x, residual = (torch.empty(4096, 768, dtype=d, device="meta") for d in (x_dtype, dtype))
         bias = torch.empty(768, dtype=x_dtype, device="meta")

@@ -116,7 +116,12 @@ def rotary_inplace_fwd(x, cos, sin, interleaved, inverse):
 
 def aot_variants(target: str) -> Iterator[tuple]:
     """What the launchers compile, for kernels/aot.py; the same on every target."""
-    for dtype, dim, turned in ((torch.bfloat16, 64, 64), (torch.bfloat16, 128, 128), (torch.float32, 80, 20)):
+    for dtype, dim, turned in (
+        (torch.bfloat16, 64, 64),
+        (torch.bfloat16, 128, 128),
+        (torch.float32, 80, 20),
+        (torch.float64, 64, 64),
+    ):
         x = torch.empty(4, 2048, 12, dim, dtype=dtype, device="meta").transpose(1, 2)
         tables = torch.empty(2, 2048, turned // 2, dtype=statistics_type(x), device="meta")
         for interleaved in (False, True):

@@ -162,6 +162,10 @@ def _mask_rows(mask: Tensor, shape: torch.Size) -> tuple[Tensor, list[int], list
     return mask, [1] * padding + sizes, [0] * padding + strides
 
 
+def _limit(x: Tensor) -> int:
+    return LIMIT if x.element_size() < 8 else LIMIT // 2  # of fp64, half as many numbers fit
+
+
 def _forward(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool, log: bool) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(x.shape)
@@ -171,7 +175,7 @@ def _forward(x: Tensor, attn_mask: Tensor | None, scale: float, is_causal: bool,
         sizes, strides = [1, 1, 1], [0, 0, 0]
         if attn_mask is not None:
             attn_mask, sizes, strides = _mask_rows(attn_mask, x.shape)
-        tile = row_tile(n, LIMIT, per_thread=16)
+        tile = row_tile(n, _limit(x), per_thread=16)
         launch(
             softmax_fwd_kernel,
             (triton.cdiv(rows, tile["BLOCK_M"]),),
@@ -202,7 +206,7 @@ def _backward(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
     if y.numel():
         n = y.shape[-1]
         rows = y.numel() // n
-        tile = row_tile(n, LIMIT, per_thread=16)
+        tile = row_tile(n, _limit(y), per_thread=16)
         launch(
             softmax_bwd_kernel,
             (triton.cdiv(rows, tile["BLOCK_M"]),),
@@ -244,6 +248,8 @@ def aot_variants(target: str) -> Iterator[tuple]:
         (torch.bfloat16, torch.bool, False, 4096),
         (torch.bfloat16, torch.float32, True, 4096),
         (torch.float32, torch.bool, True, 262144),
+        (torch.float64, torch.bool, True, 4096),
+        (torch.float64, None, False, 16384),
     ):
         x = torch.empty(2, 8, 128, n, dtype=dtype, device="meta")
         mask = None if mask_dtype is None else torch.empty(2, 1, 128, n, dtype=mask_dtype, device="meta")

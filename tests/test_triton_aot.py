@@ -53,6 +53,19 @@ def test_gate_refuses():
     assert "does not compile: boom" in aot.verdict(replace(row, error="boom"))
 
 
+def test_spills_with_a_reason_are_reported(monkeypatch):
+    monkeypatch.setattr(aot, "SPILLS", (aot.Allowance("some_.*", "bfloat16 .*", 8, "why"),))
+    row = aot.Row("some_kernel", "bfloat16 D=256", "sm_90", registers=255, spills=8)
+    assert aot.verdict(row) is None
+    assert "| 255 | 8 | ok, spills |" in aot.section([row]) and "up to 8 B: why" in aot.markdown([row])
+    for other in ({"spills": 12}, {"kernel": "other_kernel"}, {"variant": "float32 D=256"}):
+        assert "spills" in aot.verdict(replace(row, **other))
+
+
+def test_every_allowance_has_a_reason():
+    assert all(one.most > 0 and len(one.why) > 20 for one in aot.SPILLS)
+
+
 @pytest.mark.parametrize("bad", [{"spills": 4}, {}], ids=["refused", "accepted"])
 def test_exit_status_and_table(bad, monkeypatch, tmp_path, capsys):
     row = aot.Row("some_kernel", "bf16 | N=8", "sm_90", shared=1234, registers=40, **bad)
@@ -62,6 +75,8 @@ def test_exit_status_and_table(bad, monkeypatch, tmp_path, capsys):
     cell = "spills 4 B of registers per thread" if bad else "ok"
     assert f"| some_kernel | bf16 / N=8 | sm_90 | 1,234 | 40 | {4 if bad else 0} | {cell} |" in table
     assert (cell in capsys.readouterr().err) == bool(bad)
+    aot.main(["--targets", "sm_90", "--out", str(tmp_path / "docs" / "table.md"), "--append"])
+    assert (tmp_path / "docs" / "table.md").read_text() == table + aot.section([row])
 
 
 def test_resources_of_amd_code():
@@ -77,16 +92,34 @@ def keep_kernel(p_rng, p_keep, head, row, first_col, threshold, BLOCK_M: tl.cons
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("block", [(16, 32), (1, 64), (32, 256)], ids=str)
-def test_keep_mask_is_the_reference(block, p):
+@pytest.mark.parametrize(
+    "block, first_col", [((8, 16), 64), ((8, 16), 80), ((16, 32), 64), ((1, 64), 64), ((32, 256), 64)], ids=str
+)
+def test_keep_mask_is_the_reference(block, first_col, p):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rng = torch.tensor([-(2**62) - 12345, 2**40 + 2**32 - 1], device=device)
-    head, row, first_col = 3, 17, 64
+    head, row = 3, 17
     keep = torch.full(block, 7, dtype=torch.int8, device=device)
     threshold = reference.dropout_threshold(p)
     keep_kernel[(1,)](rng, keep, head, row, first_col, threshold, BLOCK_M=block[0], BLOCK_N=block[1])
     expected = reference.dropout_keep(rng, p, head + 1, row + block[0], first_col + block[1])
     assert torch.equal(keep, expected[head, row:, first_col:].to(torch.int8))
+
+
+def test_no_tile_of_hopper_transposes_a_square_accumulator():
+    """Triton from 3.4 on computed dot(trans(...)) of 64 x 64 with 8 warps wrongly there; outer() swaps where N > M."""
+    for width in attention_tiles.TILES["sm_90"]["key"]:
+        for tile in width.split():
+            assert not tile.startswith("64x64x8"), tile
+
+
+def test_widths_of_heads():
+    cases = {(2, 16): 0, (2, 64): 0, (2, 128): 1, (2, 256): 2, (4, 64): 3, (8, 32): 3, (4, 128): 4, (8, 64): 4}
+    for (itemsize, block_d), width in cases.items():
+        fitting = [attention_tiles.fits(name, itemsize, block_d) for name in attention_tiles.WIDTHS[:-1]]
+        assert [*fitting, True].index(True) == width
+    for target, passes in attention_tiles.TILES.items():
+        assert all(len(widths) == len(attention_tiles.WIDTHS) - 1 for widths in passes.values()), target
 
 
 def test_tiles_that_a_machine_measured_come_first(monkeypatch, tmp_path):
