@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from pyllm import _library, dispatch
-from pyllm.kernels.attention_tiles import cache, target_of
 
 PROVEN = Path(__file__).parent / "proven.csv"
 KERNELS = ("native", "triton")  # the backends whose kernels are this project's
@@ -27,6 +26,8 @@ KEPT = 32  # devices and versions, the latest
 
 
 def path() -> Path:
+    from pyllm.kernels.attention_tiles import cache  # not at import, which loads no kernels
+
     return cache() / "check.json"
 
 
@@ -55,7 +56,11 @@ def proven() -> frozenset[tuple[str, str]]:
 
 def architecture(place: torch.device) -> str:
     """Such as sm_90; "" for what is no GPU of this machine (a fake tensor may be on one that it has not)."""
-    return target_of(place) if place.type == "cuda" and torch.cuda.is_available() else ""
+    if place.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    from pyllm.kernels.attention_tiles import target_of
+
+    return target_of(place)
 
 
 def of(place: torch.device) -> dict[str, dict]:

@@ -12,7 +12,7 @@ import torch
 import pyllm
 from pyllm import backend, check, cli, ops, verdicts
 from pyllm.attention_cases import CASES
-from pyllm.kernels.attention_tiles import TILES
+from pyllm.kernels.attention_tiles import TILES, target_of
 from pyllm.ops.softmax import SOFTMAX
 
 KNOWN = {name: getattr(verdicts, name) for name in ("of", "proven")}  # which conftest.py replaces
@@ -179,9 +179,11 @@ def test_every_operator_with_kernels_is_checked_in_every_dtype():
 def test_attention_on_a_gpu_is_checked_in_both_modes_at_every_head_dim(name, dtype):
     plan = [call for call in check.calls(name, "cuda") if call.op == "attention" and "weights" not in call.name]
     assert {case.name for case in CASES} <= {call.name for call in plan}
-    assert all(call.deterministic == (False, True) and dtype in call.dtypes for call in plan)
+    assert all(dtype in call.dtypes for call in plan)
+    assert {mode for call in plan for mode in call.deterministic} == {False, True}
     masked = [call for call in plan if call.name.startswith("head-dim-") and call.name.endswith("masked")]
     assert {call.inputs(dtype, "cpu")["query"].shape[-1] for call in masked} == {40, 64, 72, 80, 96, 128, 192, 256}
+    assert all(call.deterministic == (False, True) for call in (plan if name == "native" else masked))
     assert all("key_padding_mask" in call.inputs(dtype, "cpu") for call in masked)
 
 
@@ -203,7 +205,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(backend, "refusal", lambda op, name, place, dtype: None)
     monkeypatch.setattr(verdicts, "_driver", lambda: "580.1")
     monkeypatch.setattr(verdicts, "proven", lambda: frozenset())
-    caches = (verdicts.key, verdicts.target_of)
+    caches = (verdicts.key, target_of)
     for cached in caches:
         cached.cache_clear()
     yield
