@@ -1,7 +1,6 @@
 """pyllm check: what it runs through; a wrong kernel is found, also one that ends its process, and is no default."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,6 @@ from pyllm.attention_cases import CASES
 from pyllm.kernels.attention_tiles import TILES, target_of
 from pyllm.ops.softmax import SOFTMAX
 
-KNOWN = {name: getattr(verdicts, name) for name in ("of", "proven")}  # which conftest.py replaces
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -24,8 +22,7 @@ def own_verdicts(monkeypatch, tmp_path):
     """A machine on which nothing was checked, and whose verdicts are forgotten after the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(backend, "_plans", {})
-    for name, function in KNOWN.items():
-        monkeypatch.setattr(verdicts, name, function)
+    monkeypatch.setattr(verdicts, "_assumed", False)
     verdicts.forget()
     yield
     verdicts.forget()
@@ -285,7 +282,7 @@ def test_a_verdict_is_of_one_device_driver_and_build(gpu, monkeypatch, change):
         "name": (torch.cuda, "get_device_name", lambda device=None: "Newer GPU"),
         "driver": (verdicts, "_driver", lambda: "590.1"),
         "torch": (torch, "__version__", "3.0"),
-        "build": (verdicts, "build", lambda: "0.2.0 abc"),
+        "build": (verdicts, "build", lambda device: "0.2.0 abc"),
     }
     monkeypatch.setattr(*changes[change])
     verdicts.key.cache_clear()
@@ -294,16 +291,23 @@ def test_a_verdict_is_of_one_device_driver_and_build(gpu, monkeypatch, change):
 
 
 def test_a_new_library_is_another_build(monkeypatch, tmp_path):
-    library = tmp_path / "libpyllm_cpu.so"
-    library.write_text("one")
-    monkeypatch.setattr(pyllm._library, "PATH", library)
+    """Of its own device, and whenever it was copied here."""
     builds = []
-    for when in (1, 2):
-        os.utime(library, (when, when))
+    for name in ("PATH", "CUDA_PATH"):
+        monkeypatch.setattr(pyllm._library, name, tmp_path / name)
+    for contents in ("one", "two", "one"):
+        (tmp_path / "CUDA_PATH").write_text(contents)
         verdicts.build.cache_clear()
-        builds.append(verdicts.build())
+        builds.append((verdicts.build("cpu"), verdicts.build("cuda")))
     verdicts.build.cache_clear()
-    assert builds[0] != builds[1] and builds[0].startswith(pyllm.__version__)
+    assert builds[0] == builds[2] and builds[0][0] == builds[1][0] and builds[0][1] != builds[1][1]
+    assert builds[0][0].startswith(pyllm.__version__)
+
+
+def test_kernels_are_assumed_to_have_passed_where_they_are_tested_and_timed(gpu):
+    verdicts.save(CUDA, {"softmax native": {"passed": False}})
+    verdicts.assume(True)
+    assert list(tried()) == ["native", "triton", "torch", "reference"] and tried()["native"][1] is None
 
 
 def test_without_a_place_to_keep_them_there_are_no_verdicts(monkeypatch, capsys, tmp_path):
