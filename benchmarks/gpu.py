@@ -229,7 +229,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="benchmarks/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--root", type=Path, default=Path(), help="the checkout; default: the current folder")
+    checkout = Path(__file__).resolve().parent.parent
+    root = checkout if (checkout / "setup.py").exists() else Path()
+    parser.add_argument("--root", type=Path, default=root, help="the checkout; default: the one that this file is in")
     parser.add_argument("--installed", action="store_true", help="run the package that is installed; build no copy")
     parser.add_argument("--call", choices=CALLS, help="the parts and minutes of one of three short runs")
     parser.add_argument("--part", action="append", choices=PARTS, help="default: those of the call, or all")
@@ -243,11 +245,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ptxas", metavar="PATH", help="the ptxas that Triton is to use, such as nvcc's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: to see that the parts work")
     parser.add_argument("--quick", action="store_true", help="tiny tensors, few rounds: to see that the parts work")
-    parser.add_argument("--pytest-args", default="-m gpu -n 12", help="what the part `tests` runs")
+    parser.add_argument("--pytest-args", help="of the part `tests`; default: -m gpu -n 12, of a call without slow ones")
     arguments = parser.parse_args(argv)
     if arguments.call:
         arguments.rounds, arguments.slot = arguments.rounds or 5, arguments.slot or 0.01
         arguments.few_peers = True
+    if arguments.pytest_args is None:
+        arguments.pytest_args = "-m 'gpu and not slow' -n 12" if arguments.call else "-m gpu -n 12"
     return arguments
 
 

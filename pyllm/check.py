@@ -114,6 +114,8 @@ def _attention(backend: str, device: str) -> Iterator[Call]:
             dtypes = (torch.bfloat16, others[index // 4 % 3]) if index % 4 == 0 else (torch.bfloat16,)
         # Sums of gradients in any order, as in training, are other kernels on a GPU.
         modes = (False, True) if kernels and backend != "torch" else (True,)
+        if backend == "triton" and case in CASES:  # in turns, for the time that compiling takes
+            modes = (index % 2 == 0,)
         yield Call("attention", case.name, case.call, case.inputs, dtypes, modes)
 
 
@@ -254,7 +256,7 @@ def apart(backends: Sequence[str], device: str, wanted: Sequence[str], processes
     """All calls in other processes; one that ends or hangs is replaced, and the call that it was at is wrong."""
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     waiting = 0
-    for name in sorted(backends, key=("triton", "native", "torch").index):
+    for name in sorted(backends, key=CHECKED.index):
         for index, call in enumerate(calls(name, device)):
             if call.op in wanted:
                 tasks.put((name, index))
@@ -390,7 +392,7 @@ def main(
         return 1
     sizes = [sum(call.op in wanted for call in calls(name, device)) for name in chosen]
     if device == "cuda":
-        lists = apart(chosen, device, wanted, processes=min(8, max(1, (os.cpu_count() or 1) // 2)))
+        lists = apart(chosen, device, wanted, processes=min(12, max(1, (os.cpu_count() or 1) * 3 // 4)))
     else:
         lists = here(chosen, device, wanted)
     total = sum(sizes) if device == "cuda" else max(sizes)

@@ -1,7 +1,6 @@
 """pyllm check: what it runs through; a wrong kernel is found, also one that ends its process, and is no default."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +11,9 @@ import torch
 import pyllm
 from pyllm import backend, check, cli, ops, verdicts
 from pyllm.attention_cases import CASES
-from pyllm.kernels.attention_tiles import TILES
+from pyllm.kernels.attention_tiles import TILES, target_of
 from pyllm.ops.softmax import SOFTMAX
 
-KNOWN = {name: getattr(verdicts, name) for name in ("of", "proven")}  # which conftest.py replaces
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -24,8 +22,7 @@ def own_verdicts(monkeypatch, tmp_path):
     """A machine on which nothing was checked, and whose verdicts are forgotten after the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(backend, "_plans", {})
-    for name, function in KNOWN.items():
-        monkeypatch.setattr(verdicts, name, function)
+    monkeypatch.setattr(verdicts, "_assumed", False)
     verdicts.forget()
     yield
     verdicts.forget()
@@ -179,9 +176,11 @@ def test_every_operator_with_kernels_is_checked_in_every_dtype():
 def test_attention_on_a_gpu_is_checked_in_both_modes_at_every_head_dim(name, dtype):
     plan = [call for call in check.calls(name, "cuda") if call.op == "attention" and "weights" not in call.name]
     assert {case.name for case in CASES} <= {call.name for call in plan}
-    assert all(call.deterministic == (False, True) and dtype in call.dtypes for call in plan)
+    assert all(dtype in call.dtypes for call in plan)
+    assert {mode for call in plan for mode in call.deterministic} == {False, True}
     masked = [call for call in plan if call.name.startswith("head-dim-") and call.name.endswith("masked")]
     assert {call.inputs(dtype, "cpu")["query"].shape[-1] for call in masked} == {40, 64, 72, 80, 96, 128, 192, 256}
+    assert all(call.deterministic == (False, True) for call in (plan if name == "native" else masked))
     assert all("key_padding_mask" in call.inputs(dtype, "cpu") for call in masked)
 
 
@@ -203,7 +202,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(backend, "refusal", lambda op, name, place, dtype: None)
     monkeypatch.setattr(verdicts, "_driver", lambda: "580.1")
     monkeypatch.setattr(verdicts, "proven", lambda: frozenset())
-    caches = (verdicts.key, verdicts.target_of)
+    caches = (verdicts.key, target_of)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -283,7 +282,7 @@ def test_a_verdict_is_of_one_device_driver_and_build(gpu, monkeypatch, change):
         "name": (torch.cuda, "get_device_name", lambda device=None: "Newer GPU"),
         "driver": (verdicts, "_driver", lambda: "590.1"),
         "torch": (torch, "__version__", "3.0"),
-        "build": (verdicts, "build", lambda: "0.2.0 abc"),
+        "build": (verdicts, "build", lambda device: "0.2.0 abc"),
     }
     monkeypatch.setattr(*changes[change])
     verdicts.key.cache_clear()
@@ -292,16 +291,23 @@ def test_a_verdict_is_of_one_device_driver_and_build(gpu, monkeypatch, change):
 
 
 def test_a_new_library_is_another_build(monkeypatch, tmp_path):
-    library = tmp_path / "libpyllm_cpu.so"
-    library.write_text("one")
-    monkeypatch.setattr(pyllm._library, "PATH", library)
+    """Of its own device, and whenever it was copied here."""
     builds = []
-    for when in (1, 2):
-        os.utime(library, (when, when))
+    for name in ("PATH", "CUDA_PATH"):
+        monkeypatch.setattr(pyllm._library, name, tmp_path / name)
+    for contents in ("one", "two", "one"):
+        (tmp_path / "CUDA_PATH").write_text(contents)
         verdicts.build.cache_clear()
-        builds.append(verdicts.build())
+        builds.append((verdicts.build("cpu"), verdicts.build("cuda")))
     verdicts.build.cache_clear()
-    assert builds[0] != builds[1] and builds[0].startswith(pyllm.__version__)
+    assert builds[0] == builds[2] and builds[0][0] == builds[1][0] and builds[0][1] != builds[1][1]
+    assert builds[0][0].startswith(pyllm.__version__)
+
+
+def test_kernels_are_assumed_to_have_passed_where_they_are_tested_and_timed(gpu):
+    verdicts.save(CUDA, {"softmax native": {"passed": False}})
+    verdicts.assume(True)
+    assert list(tried()) == ["native", "triton", "torch", "reference"] and tried()["native"][1] is None
 
 
 def test_without_a_place_to_keep_them_there_are_no_verdicts(monkeypatch, capsys, tmp_path):
