@@ -41,13 +41,14 @@ test: install
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 
 # The oldest PyTorch and Triton that pyllm supports, in an environment of their own (5 GB with CUDA's parts): its headers
-# take the C++, and the library that is built here, of a newer PyTorch, passes the tests there.
+# take the C++, and the library that is built here, of a newer PyTorch, passes the tests there. Triton 3.6's interpreter
+# wants an older NumPy.
 OLDEST := build/oldest
 BINDINGS := $(filter-out %_kernel.cpp,$(wildcard csrc/library.cpp csrc/cpu/*.cpp))
 $(OLDEST)/installed: requirements.lock
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0
-	grep --invert-match --extended-regexp '^(torch|triton|setuptools)==' requirements.lock > $(OLDEST)/rest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0 'numpy<2.4'
+	grep --invert-match --extended-regexp '^(torch|triton|setuptools|numpy)==' requirements.lock > $(OLDEST)/rest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/rest.txt
 	@touch $@
 
