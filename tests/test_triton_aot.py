@@ -54,11 +54,11 @@ def test_gate_refuses():
 
 
 def test_spills_with_a_reason_are_reported(monkeypatch):
-    monkeypatch.setattr(aot, "SPILLS", (aot.Allowance("some_.*", "bfloat16 .*", 8, "why"),))
+    monkeypatch.setattr(aot, "SPILLS", (aot.Allowance("some_.*", "bfloat16 .*", "sm_90", 8, "why"),))
     row = aot.Row("some_kernel", "bfloat16 D=256", "sm_90", registers=255, spills=8)
     assert aot.verdict(row) is None
     assert "| 255 | 8 | ok, spills |" in aot.section([row]) and "up to 8 B: why" in aot.markdown([row])
-    for other in ({"spills": 12}, {"kernel": "other_kernel"}, {"variant": "float32 D=256"}):
+    for other in ({"spills": 12}, {"kernel": "other_kernel"}, {"variant": "float32 D=256"}, {"target": "sm_80"}):
         assert "spills" in aot.verdict(replace(row, **other))
 
 
