@@ -229,7 +229,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="benchmarks/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).absolute().parent.parent
     root = checkout if (checkout / "setup.py").exists() else Path()
     parser.add_argument("--root", type=Path, default=root, help="the checkout; default: the one that this file is in")
     parser.add_argument("--installed", action="store_true", help="run the package that is installed; build no copy")
