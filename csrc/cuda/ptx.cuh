@@ -208,11 +208,21 @@ __device__ __forceinline__ unsigned shared_address(Shared<T> shared, int index) 
 // for this thread after wait_copies, for others after a barrier that follows.
 template <class T>
 __device__ __forceinline__ void copy_async(Shared<T> shared, int index, const T* from, int count, bool present) {
-  const unsigned to = detail::shared_address(shared, index), bytes = present ? count * sizeof(T) : 0;
+  const unsigned to = detail::shared_address(shared, index), ignored = present ? 0 : 1;
   if (count * sizeof(T) == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile(
+        "{\n.reg .pred ignored;\nsetp.ne.b32 ignored, %2, 0;\n"
+        "cp.async.cg.shared.global [%0], [%1], 16, ignored;\n}"
+        :
+        : "r"(to), "l"(from), "r"(ignored)
+        : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile(
+        "{\n.reg .pred ignored;\nsetp.ne.b32 ignored, %2, 0;\n"
+        "cp.async.ca.shared.global [%0], [%1], 8, ignored;\n}"
+        :
+        : "r"(to), "l"(from), "r"(ignored)
+        : "memory");
   }
 }
 
