@@ -103,8 +103,7 @@ __device__ inline void add_query_gradient(const AttentionBackward& args, const K
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (8 * n >= columns) break;
-      atomic_add(to + 8 * n, sums[0][n][2 * half]);
-      atomic_add(to + 8 * n + 1, sums[0][n][2 * half + 1]);
+      atomic_add_pair(to + 8 * n, sums[0][n][2 * half], sums[0][n][2 * half + 1]);
     }
   }
 }

@@ -86,6 +86,16 @@ __device__ __forceinline__ T atomic_add(T* pointer, std::type_identity_t<T> valu
   return atomicAdd(pointer, value);
 }
 
+// Adds to two neighbours, at a multiple of 8 bytes; each is added to on its own.
+__device__ __forceinline__ void atomic_add_pair(float* pointer, float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float2*>(pointer), make_float2(first, second));
+#else
+  atomicAdd(pointer, first);
+  atomicAdd(pointer + 1, second);
+#endif
+}
+
 // --- shared memory ---
 
 // `count` elements of the block's dynamic shared memory. One is read into a T, not into auto: the host checks it there.
