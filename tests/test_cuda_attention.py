@@ -167,14 +167,7 @@ FORWARD, TILE, GRADIENTS, BACKWARD = (
 FAULTS = {
     "a wrong fragment of the first operand": (TILE, "n % 2 * 2 + half", "half * 2 + n % 2", None),
     "fragments of the second operand, swapped": (TILE, "of_a[m], of_b[0], of_b[1]", "of_a[m], of_b[0], of_b[2]", None),
-    "a matrix that is not transposed": (
-        TILE,
-        "const Squares<B, true, false> squares_b(b, 0, kApart<B, N> ? column : 0);\n  const int from = kApart<B, N> ? 0 : "
-        "column;\n#pragma unroll\n  for (int k = 0; k < DEPTH; k += kMatrix) {\n    uint32_t of_b[4];",
-        "const Squares<B, false, false> squares_b(b, 0, kApart<B, N> ? column : 0);\n  const int from = kApart<B, N> ? 0 : "
-        "column;\n#pragma unroll\n  for (int k = 0; k < DEPTH; k += kMatrix) {\n    uint32_t of_b[4];",
-        None,
-    ),
+    "a matrix that is not transposed": (TILE, "Squares<A, true, true>", "Squares<A, false, true>", None),
     "an order of chunks that shares banks": (TILE, "OF::order(lane % 8)", "OF::order(lane % 2)", "same banks"),
     "copies in another order than loads": (
         TILE,

@@ -42,6 +42,7 @@ inline constexpr bool kOneAccess = std::is_trivially_copyable_v<T> && alignof(T)
 #include <cxxabi.h>
 
 #include <cstdlib>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -335,15 +336,25 @@ inline void check(cudaError_t error, const void* kernel) {
   }
   throw std::runtime_error("pyllm: " + name + ": " + cudaGetErrorString(error));
 }
+
+// Lets a kernel have `bytes` of dynamic shared memory on the current device: asks for it once in a thread of the host,
+// since every launch would wait for the answer.
+inline void allow_shared(const void* kernel, int bytes) {
+  thread_local std::map<std::pair<const void*, int>, int> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), kernel);
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kernel);
+  most = bytes;
+}
 }  // namespace detail
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const Launch& shape, Stream stream, Args&&... args) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   constexpr int kSharedWithoutAsking = 48 << 10;
-  if (shape.shared_bytes > kSharedWithoutAsking)
-    detail::check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
-                  function);
+  if (shape.shared_bytes > kSharedWithoutAsking) detail::allow_shared(function, shape.shared_bytes);
   if (shape.cluster > kPortableCluster)
     detail::check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), function);
   cudaLaunchAttribute attribute{};
