@@ -167,18 +167,13 @@ FORWARD, TILE, GRADIENTS, BACKWARD = (
 )
 FAULTS = {
     "a wrong fragment of the first operand": (TILE, "n % 2 * 2 + half", "half * 2 + n % 2", None),
-    "fragments of the second operand, swapped": (TILE, "of_a[m], of_b[0], of_b[2]", "of_a[m], of_b[0], of_b[1]", None),
-    "a matrix that is not transposed": (
-        TILE,
-        "b.template load_square<true>(k, column + 8 * n, of_b);\n#pragma",
-        "b.load_square(k, column + 8 * n, of_b);\n#pragma",
-        None,
-    ),
-    "an order of chunks that shares banks": (TILE, "row / (8 / kOrders) % kOrders", "row % 2", "same banks"),
+    "fragments of the second operand, swapped": (TILE, "of_a[m], of_b[0], of_b[1]", "of_a[m], of_b[0], of_b[2]", None),
+    "a matrix that is not transposed": (TILE, "Squares<A, true, true>", "Squares<A, false, true>", None),
+    "an order of chunks that shares banks": (TILE, "OF::order(lane % 8)", "OF::order(lane % 2)", "same banks"),
     "copies in another order than loads": (
         TILE,
-        "copy_async(numbers_, 8 * place(row, chunk)",
-        "copy_async(numbers_, 8 * (row * kChunks + chunk)",
+        "copy_async(numbers_, 8 * place(row + i, chunk)",
+        "copy_async(numbers_, 8 * ((row + i) * kChunks + chunk)",
         None,
     ),
     "no wait for the values": (

@@ -16,11 +16,12 @@ using cuda::narrow;
 // Whether rows (B, H, S, D) can be copied 16 bytes at a time.
 bool is_aligned(const Tensor& t) {
   constexpr int64_t kStep = 8;
+  const auto steps = [&](int i) { return t.size(i) == 1 || t.stride(i) % kStep == 0; };
   return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.size(3) % kStep == 0 && t.stride(3) == 1 &&
-         t.stride(0) % kStep == 0 && t.stride(1) % kStep == 0 && t.stride(2) % kStep == 0;
+         steps(0) && steps(1) && steps(2);
 }
 
-// What autograd hands over has any strides, of which nobody could know before.
+// What autograd hands over has any strides, and a view in a compiled graph begins anywhere; nobody could know before.
 Tensor aligned_copy(const Tensor& t) { return is_aligned(t) ? t : torch::stable::contiguous(torch::stable::clone(t)); }
 
 const int32_t* bounds_of(const OptionalTensor& cu_seqlens) {
@@ -45,20 +46,23 @@ float* zeros(Tensor& sums, cudaStream_t stream) {
 
 // A call as kernels take it, and the tensors that its pointers point into.
 struct Call {
+  Tensor query, key, value;
   OptionalTensor padding, distance_bias, slopes, cu_q, cu_k;
   cuda::Place place;
   bool is_packed;
   cuda::Attention args;
 
   explicit Call(const AttentionArguments& given)
-      : padding(as_contiguous(given.padding)),
+      : query(aligned_copy(given.query)),
+        key(aligned_copy(given.key)),
+        value(aligned_copy(given.value)),
+        padding(as_contiguous(given.padding)),
         distance_bias(as_contiguous(given.distance_bias)),
         slopes(as_contiguous(given.slopes)),
         cu_q(as_contiguous(given.cu_seqlens_q)),
         cu_k(as_contiguous(given.cu_seqlens_k)),
-        place({given.query, given.key, given.value, given.mask, padding, distance_bias, slopes, cu_q, cu_k, given.rng}),
+        place({query, key, value, given.mask, padding, distance_bias, slopes, cu_q, cu_k, given.rng}),
         is_packed(cu_q.has_value()) {
-    const Tensor &query = given.query, &key = given.key, &value = given.value;
     const ScalarType dtype = query.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                     "pyllm: attention's CUDA C++ kernels take bfloat16 and float16: choose the backend 'triton'");
@@ -66,8 +70,8 @@ struct Call {
                         value.scalar_type() == dtype && key.size(1) > 0 && query.size(1) % key.size(1) == 0,
                     "pyllm: attention's query, key and value must have 4 dimensions, one dtype and heads that divide");
     STD_TORCH_CHECK(is_aligned(query) && is_aligned(key) && is_aligned(value),
-                    "pyllm: attention's CUDA C++ kernels copy rows by 16 bytes, and those of query, key and value do "
-                    "not all begin at multiples of that: choose the backend 'triton'");
+                    "pyllm: attention's CUDA C++ kernels copy rows by 16 bytes, and take a head_dim that is a multiple "
+                    "of 8: choose the backend 'triton'");
     STD_TORCH_CHECK(!is_packed || (cu_k.has_value() && cu_k->numel() == cu_q->numel() && query.size(0) == 1),
                     "pyllm: attention's cu_seqlens_q and cu_seqlens_k must be of one length, with a batch size of 1");
     const int64_t longest = query.size(2) + key.size(2);  // beyond the distance of any query from any key

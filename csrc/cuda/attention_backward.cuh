@@ -94,17 +94,16 @@ __device__ inline void add_query_gradient(const AttentionBackward& args, const K
   multiply_columns(memory.scores, row, memory.keys, opaque(column), sums);
   const Attention& call = args.call;
   const int64_t pitch = int64_t{call.heads} * call.dim;
+  const int query = query_tile + row + lane_id() / 4, columns = call.dim - column;
+  float* to = args.dquery + keys.share * args.dquery_share + (int64_t{s.batch} * call.sq + s.query + query) * pitch +
+              int64_t{head} * call.dim + column + lane_id() % 4 * 2;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int query = query_tile + row + 8 * half + lane_id() / 4;
-    if (query >= s.sq) continue;
-    float* to = args.dquery + keys.share * args.dquery_share + (int64_t{s.batch} * call.sq + s.query + query) * pitch +
-                int64_t{head} * call.dim + column + lane_id() % 4 * 2;
+  for (int half = 0; half < 2; ++half, to += 8 * pitch) {
+    if (query + 8 * half >= s.sq) break;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      if (column + 8 * n >= call.dim) break;
-      atomic_add(to + 8 * n, sums[0][n][2 * half]);
-      atomic_add(to + 8 * n + 1, sums[0][n][2 * half + 1]);
+      if (8 * n >= columns) break;
+      atomic_add_pair(to + 8 * n, sums[0][n][2 * half], sums[0][n][2 * half + 1]);
     }
   }
 }

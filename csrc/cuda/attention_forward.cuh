@@ -128,7 +128,7 @@ struct alignas(16) ForwardBlock {
 };
 
 template <class T, int D, bool FULL>
-__global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
+__global__ void __launch_bounds__(forward_tile(D, FULL).threads(), FULL&& D <= 64 ? 2 : 1)
     attention_forward_tile(const __grid_constant__ AttentionForward args) {
   constexpr ForwardTile kTile = forward_tile(D, FULL);
   constexpr int M = kTile.squares, kQueries = kTile.queries, kThreads = kTile.threads();
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
     if (works) {
       float scores[M][kKeyTile / 8][4];
       clear(scores);
-      multiply_rows(queries, opaque(warp_row), keys, scores);
+      multiply_rows(queries, warp_row, keys, scores);
       const bool cut = ignored != 0 || (FULL && block.rows < kQueries) || !block.whole.has(tile, kKeyTile);
       if (FULL || cut)
         finish_scores<T, FULL>(call, block.s, block.head, block.first + first_row, tile, ignored, cut, scores);
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(forward_tile(D, FULL).threads(), 1)
     block = facts[0];
     const int next = seek(block.s, tile + kKeyTile);
     if (next < seen.end) copy(keys, block, block.keys, call.key.row, next, 0);
-    if (works) multiply_weights<T>(weights, values, opaque(0), out);
+    if (works) multiply_weights<T>(weights, values, 0, out);
     tile = next;
   }
   wait_copies<0>();

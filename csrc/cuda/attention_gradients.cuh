@@ -141,8 +141,8 @@ __device__ inline void score_gradients(const AttentionBackward& args, const KeyB
   const int warp_key = warp_id() * kMatrix;
   clear(tile.weights);
   clear(tile.gradients);
-  multiply_rows(memory.keys, opaque(warp_key), memory.queries(buffer), tile.weights);
-  multiply_rows(memory.values, opaque(warp_key), memory.douts(buffer), tile.gradients);
+  multiply_rows(memory.keys, warp_key, memory.queries(buffer), tile.weights);
+  multiply_rows(memory.values, warp_key, memory.douts(buffer), tile.gradients);
 
   const int last = min(query_tile + kQueries, s.sq) - 1;
   const bool cut = ignored != 0 || (FULL && query_tile + kQueries > s.sq) ||
@@ -161,10 +161,20 @@ __device__ inline void score_gradients(const AttentionBackward& args, const KeyB
   }
   const Scoring<T> scoring(call, s, head);
   const float factor = FULL ? 1.0f : call.scale * kLog2E;
+  const auto sees = [&](int n, int half, int i) {
+    return 8 * n + i >= seeing[half].begin && 8 * n + i < seeing[half].end;
+  };
+  if (!FULL && cut) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (!sees(n, i / 2, i % 2)) tile.weights[0][n][i] = -kInfinity;
+  }
   for_scores<N>(memory, buffer, [&](int n, int half, int i, const RowStatistics& row) {
     float& weight = tile.weights[0][n][2 * half + i];
     float score = weight, derivative = 1;
-    if (cut && (8 * n + i < seeing[half].begin || 8 * n + i >= seeing[half].end)) {
+    if (FULL && cut && !sees(n, half, i)) {
       score = -kInfinity;
     } else if constexpr (FULL) {
       score = scoring(score, query + 8 * n + i, key_tile + warp_key + 8 * half + g, derivative);

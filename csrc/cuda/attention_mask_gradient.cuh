@@ -22,7 +22,7 @@ __device__ inline void store_element(const Array& dmask, int64_t at, float sum) 
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(BackwardTile::kThreads, 1)
+__global__ void __launch_bounds__(BackwardTile::kThreads, D <= 128 ? 3 : 2)
     attention_mask_tile(const __grid_constant__ MaskGradient args) {
   constexpr BackwardTile kTile = backward_tile(D, true);
   constexpr int kQueries = kTile.queries, N = kQueries / 8;

@@ -42,6 +42,7 @@ inline constexpr bool kOneAccess = std::is_trivially_copyable_v<T> && alignof(T)
 #include <cxxabi.h>
 
 #include <cstdlib>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -84,6 +85,16 @@ __device__ __forceinline__ void store(T* pointer, const std::type_identity_t<T>&
 template <class T>
 __device__ __forceinline__ T atomic_add(T* pointer, std::type_identity_t<T> value) {
   return atomicAdd(pointer, value);
+}
+
+// Adds to two neighbours, at a multiple of 8 bytes; each is added to on its own.
+__device__ __forceinline__ void atomic_add_pair(float* pointer, float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float2*>(pointer), make_float2(first, second));
+#else
+  atomicAdd(pointer, first);
+  atomicAdd(pointer + 1, second);
+#endif
 }
 
 // --- shared memory ---
@@ -208,11 +219,21 @@ __device__ __forceinline__ unsigned shared_address(Shared<T> shared, int index) 
 // for this thread after wait_copies, for others after a barrier that follows.
 template <class T>
 __device__ __forceinline__ void copy_async(Shared<T> shared, int index, const T* from, int count, bool present) {
-  const unsigned to = detail::shared_address(shared, index), bytes = present ? count * sizeof(T) : 0;
+  const unsigned to = detail::shared_address(shared, index), ignored = present ? 0 : 1;
   if (count * sizeof(T) == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile(
+        "{\n.reg .pred ignored;\nsetp.ne.b32 ignored, %2, 0;\n"
+        "cp.async.cg.shared.global [%0], [%1], 16, ignored;\n}"
+        :
+        : "r"(to), "l"(from), "r"(ignored)
+        : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile(
+        "{\n.reg .pred ignored;\nsetp.ne.b32 ignored, %2, 0;\n"
+        "cp.async.ca.shared.global [%0], [%1], 8, ignored;\n}"
+        :
+        : "r"(to), "l"(from), "r"(ignored)
+        : "memory");
   }
 }
 
@@ -315,15 +336,25 @@ inline void check(cudaError_t error, const void* kernel) {
   }
   throw std::runtime_error("pyllm: " + name + ": " + cudaGetErrorString(error));
 }
+
+// Lets a kernel have `bytes` of dynamic shared memory on the current device: asks for it once in a thread of the host,
+// since every launch would wait for the answer.
+inline void allow_shared(const void* kernel, int bytes) {
+  thread_local std::map<std::pair<const void*, int>, int> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), kernel);
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kernel);
+  most = bytes;
+}
 }  // namespace detail
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const Launch& shape, Stream stream, Args&&... args) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   constexpr int kSharedWithoutAsking = 48 << 10;
-  if (shape.shared_bytes > kSharedWithoutAsking)
-    detail::check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
-                  function);
+  if (shape.shared_bytes > kSharedWithoutAsking) detail::allow_shared(function, shape.shared_bytes);
   if (shape.cluster > kPortableCluster)
     detail::check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), function);
   cudaLaunchAttribute attribute{};

@@ -48,6 +48,12 @@ T atomic_add(T* pointer, std::type_identity_t<T> value) {
   return std::exchange(*pointer, *pointer + value);
 }
 
+inline void atomic_add_pair(float* pointer, float first, float second) {
+  host::check_global(pointer, 2 * sizeof(float), host::Use::add);
+  pointer[0] += first;
+  pointer[1] += second;
+}
+
 // --- shared memory ---
 
 template <class T>
