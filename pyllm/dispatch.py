@@ -80,9 +80,11 @@ def device_name(place: torch.device) -> str:
 
 
 def architecture(place: torch.device) -> str | None:
-    """A GPU's, such as sm_90; None without one."""
-    if place.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
+    """A GPU's, such as sm_90 or gfx942; None where there is none, as for a fake tensor's device."""
+    if place.type != "cuda" or not torch.cuda.is_available():
         return None
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(place).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(place)
     return f"sm_{major}{minor}"
 

@@ -47,7 +47,7 @@ def standing(operator: str, backend: str, place: torch.device) -> str | None:
     verdict = of(place).get(f"{operator} {backend}")
     if verdict is not None:
         return "passed" if verdict["passed"] else "failed"
-    return "passed" if (architecture(place), backend) in proven() else None
+    return "passed" if (dispatch.architecture(place), backend) in proven() else None
 
 
 def is_trusted(operator: str, backend: str, place: torch.device) -> bool:
@@ -63,15 +63,6 @@ def proven() -> frozenset[tuple[str, str]]:
     """(architecture, backend) pairs of proven.csv."""
     with open(PROVEN, newline="") as file:
         return frozenset((line["architecture"], line["backend"]) for line in csv.DictReader(file))
-
-
-def architecture(place: torch.device) -> str:
-    """Such as sm_90; "" for what is no GPU of this machine (a fake tensor may be on one that it has not)."""
-    if place.type != "cuda" or not torch.cuda.is_available():
-        return ""
-    from pyllm.kernels.attention_tiles import target_of
-
-    return target_of(place)
 
 
 def of(place: torch.device) -> dict[str, dict]:
@@ -125,11 +116,10 @@ def device_name(place: torch.device) -> str:
     """A GPU with its driver, or a processor with the instruction set that the kernels use."""
     if place.type != "cpu":
         return f"{dispatch.device_name(place)}, driver {_driver()}"
+    build = _library.facts()
     try:
-        from pyllm import _C
-
-        isa = _C.cpu_isa()
-    except (ImportError, RuntimeError):  # not compiled, or PYLLM_CPU_ISA names what this processor has not
+        isa = "unknown instructions" if build is None else build.cpu_isa()
+    except RuntimeError:  # PYLLM_CPU_ISA names what this processor has not
         isa = "no instruction set"
     return f"{dispatch.processor()}, {isa}"
 
