@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _dispatch_keys
+from torch._C import _len_torch_dispatch_stack as _modes
 from torch._ops import OpOverload
+from torch.autograd import _profiler_enabled as _profiled
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,7 +58,7 @@ class Recorder(TorchDispatchMode):
                 self.repeats &= id(value) not in self._names or value is inputs[i - 1]
                 self._name(value, f"a{i}")
         self._first = next(iter(self._names.values()), "")
-        self._inputs_device = next((x.device for x in inputs if isinstance(x, Tensor)), None)
+        self._dtype, self._device = next(((x.dtype, x.device) for x in inputs if isinstance(x, Tensor)), (None, None))
 
     def run(self, launcher: Callable):
         """launcher(*inputs), written down."""
@@ -85,9 +89,10 @@ class Recorder(TorchDispatchMode):
             self._names[id(out)] = self._constant(out)
             return
         if func in _UNINITIALISED:
-            self.repeats &= out.device == self._inputs_device
+            self.repeats &= out.device == self._device
             shape = f"{self._expression(tuple(out.shape))}, {self._expression(out.stride())}"
-            call = f"{self._first}.new_empty_strided({shape}, dtype={self._constant(out.dtype)})"
+            dtype = "" if out.dtype == self._dtype else f", dtype={self._constant(out.dtype)}"
+            call = f"{self._first}.new_empty_strided({shape}{dtype})"
         else:
             given = [self._expression(value) for value in args]
             given += [f"{name}={self._expression(value)}" for name, value in kwargs.items()]
@@ -173,7 +178,7 @@ class Replayed:
         remembering.append(self)
 
     def direct(self, *args):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+        if is_compiling() or _modes() or _profiled():
             return self._overload(*args)
         kind = self._kind(args)
         return self._overload(*args) if kind is None else self._repeat(kind, args)
@@ -184,12 +189,12 @@ class Replayed:
 
     def _kind(self, args: tuple) -> tuple | None:
         """All that a launcher may go by; None with a tensor that the dispatcher would do something with."""
-        kind = []
+        kind = [args[0].get_device()]  # every operator's first argument is a tensor, on the device of all
         before = None
         for value in args:
             of = type(value)
             if of is Tensor or of is Parameter:
-                keys = torch._C._dispatch_keys(value).raw_repr()
+                keys = _dispatch_keys(value).raw_repr()
                 if keys not in self._plain and not self._is_plain(value, keys):
                     return None
                 aligned = value.data_ptr() & _ALIGNED
@@ -200,14 +205,14 @@ class Replayed:
             else:
                 kind.append(value)
                 before = None
-        return (args[0].get_device(), *kind)  # every operator's first argument is a tensor, on the device of all
+        return tuple(kind)
 
     def _is_plain(self, value: Tensor, keys: int) -> bool:
         if value.layout is not torch.strided:
             return False
         with torch.inference_mode(value.is_inference()):
             model = torch.empty(0, dtype=value.dtype, device=value.device)
-        if torch._C._dispatch_keys(model).raw_repr() != keys:
+        if _dispatch_keys(model).raw_repr() != keys:
             return False
         self._plain.add(keys)
         return True

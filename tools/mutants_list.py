@@ -272,9 +272,9 @@ REPLAY = "test_replay.py -k"
 REPLAYS = [
     ("pyllm/replay.py", "aligned, value is before)", "aligned, False)", f"{REPLAY} given_twice"),
     ("pyllm/replay.py", "id(value) not in self._names or value is inputs[i - 1]", "True", f"{REPLAY} given_twice"),
-    ("pyllm/replay.py", "if torch._C._dispatch_keys(model).raw_repr() != keys:", "if False:", f"{REPLAY} another_kind"),
-    ("pyllm/replay.py", "or torch._C._len_torch_dispatch_stack()", "or False", f"{REPLAY} mode_sees"),
-    ("pyllm/replay.py", "or torch.autograd._profiler_enabled()", "or False", f"{REPLAY} profiler_sees"),
+    ("pyllm/replay.py", "if _dispatch_keys(model).raw_repr() != keys:", "if False:", f"{REPLAY} another_kind"),
+    ("pyllm/replay.py", "or _modes()", "or False", f"{REPLAY} mode_sees"),
+    ("pyllm/replay.py", "or _profiled()", "or False", f"{REPLAY} profiler_sees"),
     ("pyllm/replay.py", "if not isinstance(out, Tensor):", "if False:", f"{REPLAY} looks_at_numbers"),
     ("pyllm/replay.py", "if len(self._kinds) >= KINDS:", "if False:", f"{REPLAY} room_for"),
     ("pyllm/replay.py", "elif isinstance(value, Tensor):\n                return None", "elif isinstance(value, Tensor):\n                kind.append(None)", f"{REPLAY} subclass"),
