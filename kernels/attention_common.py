@@ -402,9 +402,10 @@ def load_flags(p_flags, mask, other: tl.constexpr, some, APART: tl.constexpr):
     of fp64 for the layout that follows from bytes.
     """
     if APART:
-        flags = tl.full(p_flags.shape, other, tl.int1)
+        flags = tl.full(p_flags.shape, other, tl.int32)  # of int1, a branch's result does not compile for sm_100
         if some:
-            flags = tl.load(p_flags, mask=mask, other=other)
+            flags = tl.load(p_flags, mask=mask, other=other).to(tl.int32)
+        flags = flags != 0
     else:
         flags = tl.load(p_flags, mask=mask, other=other)
     return flags
