@@ -19,6 +19,7 @@ num_stages.
 """
 
 import argparse
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -42,6 +43,8 @@ TARGETS = {
     "sm_120": ("cuda", 120, 32, 101_376),
     "gfx942": ("hip", "gfx942", 64, 65_536),
 }
+
+SECTIONS = 2  # of docs/triton.md: one for each Triton of `make check-triton`
 
 # No kernel here does its work in fewer on NVIDIA's; Triton has compiled one to 4, without an error.
 FEWEST_REGISTERS = 16
@@ -192,6 +195,21 @@ def compile_all(targets: Sequence[str], workers: int = 2) -> Iterator[Row]:
             yield from rows
 
 
+def fingerprint() -> str:
+    """Of all that the kernels are compiled from."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def is_current(table: Path) -> bool:
+    """Whether a table is of the sources as they are, and nothing in it was refused."""
+    text = table.read_text()
+    refused = re.findall(r"^\d+ compilations, (\d+) refused\.$", text, re.MULTILINE)
+    return f"Of sources {fingerprint()}." in text and refused == ["0"] * SECTIONS
+
+
 def markdown(rows: Sequence[Row]) -> str:
     limits = "; ".join(f"{name} {limit:,}" for name, (*_, limit) in TARGETS.items())
     lines = [
@@ -200,6 +218,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "Written by `python -m pyllm.kernels.aot`, without a GPU. What compiles here has not thereby run: see",
         "[verified.md](verified.md). Shared memory is in bytes a block, registers are per thread, spills in bytes per",
         "thread. Bytes of shared memory that a block may have: " + limits + ".",
+        "",
+        f"Of sources {fingerprint()}.",
         "",
         "Spills that are not refused:",
         "",
@@ -241,8 +261,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyllm.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write the Markdown table")
     parser.add_argument("--append", action="store_true", help="keep what is there")
+    parser.add_argument("--current", type=Path, help="exit with 0 where this table is of the sources, with 1 elsewhere")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     arguments = parser.parse_args(argv)
+    if arguments.current:
+        return int(not is_current(arguments.current))
     rows = []
     for row in compile_all(arguments.targets):
         rows.append(row)
