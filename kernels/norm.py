@@ -5,10 +5,11 @@ Forward, per row: z = residual + dropout(x + x_bias), or z = x; y = (z - mean) *
 A longer one is taken in chunks, whose statistics merge pairwise (Chan et al., 1979), and read once more for y.
 Backward, with g = weight * dy and xhat = (z - mean) * rstd: dstream = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dz
 goes to the residual, and through dropout to x. A persistent grid sums dy * xhat, dy and dx of its own rows in registers
-(chunked rows: in a second walk, column by column), and a second kernel adds those partial sums in a fixed order, so the
-gradients of weight, bias and x_bias are the same in every run.
+(of chunked rows a first walk stores both means, a second goes chunk by chunk over all rows), and a second kernel adds
+those partial sums in a fixed order, so the gradients of weight, bias and x_bias are the same in every run.
 
-Bytes an element of e bytes: forward 2 e (4 e with residual); backward 3 e (5 e at most with residual, dz and dropout).
+Bytes an element of e bytes: forward 2 e (4 e with residual); backward 3 e (5 e at most with residual, dz and dropout),
+2 e more in chunks.
 About 8 FLOPs an element forward and 14 backward: bound by memory. Statistics and sums are fp32, or fp64 for fp64.
 """
 
@@ -168,13 +169,11 @@ def _scaled(dy, p_weight, first, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _load_gradient(p_dx, p_dresidual, start, first, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dx of a block [BLOCK_M, BLOCK_N] as stored, 0 outside."""
-    o_rows = tl.arange(0, BLOCK_M)[:, None]
-    o_cols = first + tl.arange(0, BLOCK_N)[None, :]
-    p_gradient = p_dresidual if p_dx is None else p_dx
-    m_tile = (start + o_rows < rows) & (o_cols < N)
-    return tl.load(p_gradient + start * N + o_rows * N + o_cols, mask=m_tile, other=0.0)
+def _means(dy, xhat, p_weight, first, N, BLOCK_N: tl.constexpr, RMS: tl.constexpr):
+    """The shares [BLOCK_M, 1] of a block in mean(g), 0 for RMSNorm, and mean(g * xhat); g = weight * dy."""
+    g = _scaled(dy, p_weight, first, N, BLOCK_N)
+    mean_gx = tl.sum(g * xhat, 1)[:, None] / N
+    return tl.zeros_like(mean_gx) if RMS else tl.sum(g, 1)[:, None] / N, mean_gx
 
 
 @triton.jit
@@ -191,6 +190,7 @@ def norm_bwd_kernel(
     p_dweight,  # [programs, N] partial sums, or None
     p_dbias,  # [programs, N] partial sums, or None
     p_dx_bias,  # [programs, N] partial sums, or None
+    p_means,  # [rows, 2] for mean(g) and mean(g * xhat), None without LOOPED
     rows,
     N,
     threshold,
@@ -203,29 +203,37 @@ def norm_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0) * BLOCK_M
     o_cols = tl.arange(0, BLOCK_N)
-    end = N if LOOPED else 1
-    dweight = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-    dbias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-    dx_bias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-    # Two tiles ahead, where that costs no registers.
-    for start in tl.range(program * BLOCK_M, rows, step, num_stages=3 if BLOCK_M * BLOCK_N <= 2048 else 1):
-        mean_g = tl.zeros([BLOCK_M, 1], COMPUTE)
-        mean_gx = tl.zeros([BLOCK_M, 1], COMPUTE)
-        if not LOOPED:
-            dy, xhat, rstd = _load_rows(p_dy, p_z, p_mean, p_rstd, start, 0, rows, N, BLOCK_M, BLOCK_N)
+    if LOOPED:
+        for start in range(program * BLOCK_M, rows, step):
+            mean_g = tl.zeros([BLOCK_M, 1], COMPUTE)
+            mean_gx = tl.zeros([BLOCK_M, 1], COMPUTE)
+            for first in range(0, N, BLOCK_N):
+                dy, xhat, rstd = _load_rows(p_dy, p_z, p_mean, p_rstd, start, first, rows, N, BLOCK_M, BLOCK_N)
+                more_g, more_gx = _means(dy, xhat, p_weight, first, N, BLOCK_N, RMS)
+                mean_g += more_g
+                mean_gx += more_gx
+            p_row = p_means + 2 * (start + tl.arange(0, BLOCK_M))[:, None]
+            m_row = (start + tl.arange(0, BLOCK_M))[:, None] < rows
+            tl.store(p_row, mean_g, mask=m_row)
+            tl.store(p_row + 1, mean_gx, mask=m_row)
+        tl.debug_barrier()  # what one thread has stored the others load
+    # Without LOOPED once, all columns at a time.
+    for first in range(0, N if LOOPED else 1, BLOCK_N):
+        dweight = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
+        dbias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
+        dx_bias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
+        # Two tiles ahead, where that costs no registers.
+        for start in tl.range(program * BLOCK_M, rows, step, num_stages=3 if BLOCK_M * BLOCK_N <= 2048 else 1):
+            dy, xhat, rstd = _load_rows(p_dy, p_z, p_mean, p_rstd, start, first, rows, N, BLOCK_M, BLOCK_N)
+            o_rows = start + tl.arange(0, BLOCK_M)
+            if LOOPED:
+                p_row = p_means + 2 * o_rows[:, None]
+                mean_g = tl.load(p_row, mask=o_rows[:, None] < rows, other=0.0)
+                mean_gx = tl.load(p_row + 1, mask=o_rows[:, None] < rows, other=0.0)
+            else:
+                mean_g, mean_gx = _means(dy, xhat, p_weight, first, N, BLOCK_N, RMS)
             dweight += dy * xhat
             dbias += dy
-        for first in range(0, end, BLOCK_N):
-            if LOOPED:
-                dy, xhat, rstd = _load_rows(p_dy, p_z, p_mean, p_rstd, start, first, rows, N, BLOCK_M, BLOCK_N)
-            g = _scaled(dy, p_weight, first, N, BLOCK_N)
-            if not RMS:
-                mean_g += tl.sum(g, 1)[:, None] / N
-            mean_gx += tl.sum(g * xhat, 1)[:, None] / N
-        for first in range(0, end, BLOCK_N):
-            if LOOPED:
-                dy, xhat, rstd = _load_rows(p_dy, p_z, p_mean, p_rstd, start, first, rows, N, BLOCK_M, BLOCK_N)
-            o_rows = start + tl.arange(0, BLOCK_M)
             o_tile = tl.arange(0, BLOCK_M)[:, None] * N + (first + o_cols)[None, :]
             m_tile = (o_rows < rows)[:, None] & (first + o_cols < N)[None, :]
             dstream = rstd * (_scaled(dy, p_weight, first, N, BLOCK_N) - mean_g - xhat * mean_gx)
@@ -234,33 +242,17 @@ def norm_bwd_kernel(
             tl.store(p_dresidual + start * N + o_tile, rounded(dstream, p_dresidual.dtype.element_ty), mask=m_tile)
             if p_rng is not None:
                 dstream = dropped(dstream, p_rng, threshold, o_rows, first, BLOCK_N)
-            if not LOOPED:
-                dx_bias += dstream  # rows outside have rstd = 0, and no one reads columns outside
+            dx_bias += dstream  # rows outside have rstd = 0, and no one reads columns outside
             if p_dx is not None:
                 tl.store(p_dx + start * N + o_tile, rounded(dstream, p_dx.dtype.element_ty), mask=m_tile)
-
-    if (p_dweight is not None) or (p_dbias is not None) or (p_dx_bias is not None):
-        if LOOPED and p_dx_bias is not None:
-            tl.debug_barrier()  # the gradients that this program has written are read again
-        for first in range(0, end, BLOCK_N):
-            if LOOPED:
-                dweight = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-                dbias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-                dx_bias = tl.zeros([BLOCK_M, BLOCK_N], COMPUTE)
-                for start in range(program * BLOCK_M, rows, step):
-                    dy, xhat, rstd = _load_rows(p_dy, p_z, p_mean, p_rstd, start, first, rows, N, BLOCK_M, BLOCK_N)
-                    dweight += dy * xhat
-                    dbias += dy
-                    if p_dx_bias is not None:
-                        dx_bias += _load_gradient(p_dx, p_dresidual, start, first, rows, N, BLOCK_M, BLOCK_N)
-            o_partial = program * N + first + o_cols
-            m_cols = first + o_cols < N
-            if p_dweight is not None:
-                tl.store(p_dweight + o_partial, tl.sum(dweight, 0), mask=m_cols)
-            if p_dbias is not None:
-                tl.store(p_dbias + o_partial, tl.sum(dbias, 0), mask=m_cols)
-            if p_dx_bias is not None:
-                tl.store(p_dx_bias + o_partial, tl.sum(dx_bias, 0), mask=m_cols)
+        o_partial = program * N + first + o_cols
+        m_cols = first + o_cols < N
+        if p_dweight is not None:
+            tl.store(p_dweight + o_partial, tl.sum(dweight, 0), mask=m_cols)
+        if p_dbias is not None:
+            tl.store(p_dbias + o_partial, tl.sum(dbias, 0), mask=m_cols)
+        if p_dx_bias is not None:
+            tl.store(p_dx_bias + o_partial, tl.sum(dx_bias, 0), mask=m_cols)
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -336,6 +328,7 @@ def _backward(dy, dz, z, weight, bias, x_bias, mean, rstd, rng, dropout_p, x_dty
             p_dweight=partials[0],
             p_dbias=partials[1],
             p_dx_bias=partials[2],
+            p_means=rstd.new_empty(rows, 2) if tile["LOOPED"] else None,
             rows=rows,
             N=n,
             threshold=dropout_threshold(dropout_p),
