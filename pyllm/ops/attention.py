@@ -332,6 +332,7 @@ for _formula, _kernel in ((_forward_flops, attention_fwd), (_backward_flops, att
             register_flop_formula(_overload.overloadpacket, get_raw=True)(_formula)
 
 _TENSORS = AttentionCall._fields.index("scale")  # the fields before it
+_MASK, _BIAS = (AttentionCall._fields.index(name) for name in ("attn_mask", "distance_bias"))
 
 
 def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
@@ -356,8 +357,8 @@ def _on(fwd: OpOverload, bwd: OpOverload) -> Implementation:
                 )
                 return *gradients, *(None for _ in ctx.options)
             dout = torch.zeros_like(out) if dout is None else dout
-            wanted = dict(zip(AttentionCall._fields, ctx.needs_input_grad, strict=True))
-            asked = (wanted["attn_mask"], wanted["distance_bias"], torch.are_deterministic_algorithms_enabled())
+            wanted = ctx.needs_input_grad
+            asked = (wanted[_MASK], wanted[_BIAS], torch.are_deterministic_algorithms_enabled())
             dquery, dkey, dvalue, dmask, dbias = bwd(dout, dlse, out, lse, *asked, *tensors, *ctx.options)
             rest = (None,) * (len(wanted) - 6)
             return dquery, dkey, dvalue, dmask if asked[0] else None, None, dbias if asked[1] else None, *rest
