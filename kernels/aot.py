@@ -84,7 +84,7 @@ SPILLS = (
     Allowance(
         "attention_fwd_kernel", "float32 .*", "sm_90", 8, "one number, with Triton 3.6, for one block an SM more"
     ),
-    Allowance("rotary_kernel", ".* neighbours, new", "sm_90", 8, "one number, in no loop, for one block an SM more"),
+    Allowance("(rotary|activation_bwd|norm_bwd)_kernel", ".*", r"sm_\d+", 16, "a number or two, for a block more"),
 )
 
 
