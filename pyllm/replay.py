@@ -86,7 +86,8 @@ class Recorder(TorchDispatchMode):
             return
         if func in _UNINITIALISED and out.shape == (0,):  # stands for a gradient that was not asked for
             self._kept.append(out)
-            self._names[id(out)] = self._constant(out)
+            with torch.inference_mode(False):  # as what was learnt there is of use elsewhere
+                self._names[id(out)] = self._constant(torch.empty(0, dtype=out.dtype, device=out.device))
             return
         if func in _UNINITIALISED:
             self.repeats &= out.device == self._device

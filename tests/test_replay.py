@@ -164,6 +164,14 @@ def test_a_tensor_given_twice_apart_does_not_stand_for_two():
     assert torch.equal(add_layer_norm_fwd.direct(x, residual, weight, bias, x_bias, *rest)[0], expected)
 
 
+def test_what_was_learnt_in_inference_mode_serves_training():
+    dy, x, rstd = rows(4, 48), rows(4, 48), rows(4)
+    with torch.inference_mode():
+        for _ in range(3):
+            rms_norm_bwd.direct(dy, x, None, rstd)
+    assert not any(t.is_inference() for t in rms_norm_bwd.direct(dy, x, None, rstd))
+
+
 def test_as_many_kinds_are_remembered_as_there_is_room_for(monkeypatch):
     monkeypatch.setattr(replay, "KINDS", 3)
     for n in range(32, 40):
