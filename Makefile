@@ -85,11 +85,11 @@ OTHER_TRITON := 3.6.0
 build/triton-$(OTHER_TRITON): | .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(OTHER_TRITON)
 
-# TRITON_TARGETS: these alone, and no table is written.
+# TRITON_ARGS: in place of all variants for all targets; then no table is written.
 check-triton: install build/triton-$(OTHER_TRITON)
-	$(BIN)/python -m pyllm.kernels.aot $(if $(TRITON_TARGETS),--targets $(TRITON_TARGETS),--out docs/triton.md)
-	PYTHONPATH=$(CURDIR)/build/triton-$(OTHER_TRITON) $(BIN)/python -m pyllm.kernels.aot --targets sm_90 \
-	  $(if $(TRITON_TARGETS),,--out docs/triton.md --append)
+	$(BIN)/python -m pyllm.kernels.aot $(or $(TRITON_ARGS),--out docs/triton.md)
+	PYTHONPATH=$(CURDIR)/build/triton-$(OTHER_TRITON) $(BIN)/python -m pyllm.kernels.aot \
+	  $(or $(TRITON_ARGS),--targets sm_90 --out docs/triton.md --append)
 
 check-cuda: install
 	$(BIN)/python csrc/cuda/check.py --out docs/cuda.md

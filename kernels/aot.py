@@ -29,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pyllm.kernels._common import map_tuple
@@ -178,18 +179,18 @@ def _resources(asm: dict) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def _compile_module(task: tuple[str, str]) -> list[Row]:
-    module, target = task
+def _compile_module(task: tuple[str, str, int]) -> list[Row]:
+    module, target, every = task
     variants: Iterator = importlib.import_module(f"pyllm.kernels.{module}").aot_variants(target)
     # Rows of fp64 are plain arithmetic: one target tells. Attention's have tensor cores of their own on each.
     wanted = (v for v in variants if target == "sm_90" or module.startswith("attention") or "float64" not in v[0])
-    return [compile_variant(target, *variant) for variant in wanted]
+    return [compile_variant(target, *variant) for variant in islice(wanted, 0, None, every)]
 
 
-def compile_all(targets: Sequence[str], workers: int = 2) -> Iterator[Row]:
-    """A row for each variant of each module on each target."""
+def compile_all(targets: Sequence[str], workers: int = 2, every: int = 1) -> Iterator[Row]:
+    """A row for each variant of each module on each target, or for one in `every`."""
     os.environ.pop("TRITON_INTERPRET", None)  # the workers must see compilable kernels, not interpreted ones
-    tasks = [(module, target) for module in MODULES for target in targets]
+    tasks = [(module, target, every) for module in MODULES for target in targets]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for rows in pool.imap(_compile_module, tasks):
             yield from rows
@@ -263,11 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--append", action="store_true", help="keep what is there")
     parser.add_argument("--current", type=Path, help="exit with 0 where this table is of the sources, with 1 elsewhere")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile one variant in N")
     arguments = parser.parse_args(argv)
     if arguments.current:
         return int(not is_current(arguments.current))
     rows = []
-    for row in compile_all(arguments.targets):
+    for row in compile_all(arguments.targets, every=arguments.every):
         rows.append(row)
         print(
             f"{row.target:7} {row.kernel} [{row.variant}] shared={row.shared} registers={row.registers}",

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_every_allowance_has_a_reason():
 @pytest.mark.parametrize("bad", [{"spills": 4}, {}], ids=["refused", "accepted"])
 def test_exit_status_and_table(bad, monkeypatch, tmp_path, capsys):
     row = aot.Row("some_kernel", "bf16 | N=8", "sm_90", shared=1234, registers=40, **bad)
-    monkeypatch.setattr(aot, "compile_all", lambda targets: iter([row]))
+    monkeypatch.setattr(aot, "compile_all", lambda targets, every: iter([row]))
     assert aot.main(["--targets", "sm_90", "--out", str(tmp_path / "docs" / "table.md")]) == len(bad)
     table = (tmp_path / "docs" / "table.md").read_text()
     cell = "spills 4 B of registers per thread" if bad else "ok"
@@ -77,6 +78,31 @@ def test_exit_status_and_table(bad, monkeypatch, tmp_path, capsys):
     assert (cell in capsys.readouterr().err) == bool(bad)
     aot.main(["--targets", "sm_90", "--out", str(tmp_path / "docs" / "table.md"), "--append"])
     assert (tmp_path / "docs" / "table.md").read_text() == table + aot.section([row])
+
+
+def test_a_table_is_current_of_the_sources_and_without_refusals(monkeypatch, tmp_path):
+    table = tmp_path / "table.md"
+    row = aot.Row("some_kernel", "bf16", "sm_90", shared=1234, registers=40)
+
+    def is_current(*texts: str) -> bool:
+        table.write_text("".join(texts))
+        return aot.main(["--current", str(table)]) == 0
+
+    whole = aot.markdown([row]), aot.section([row])
+    assert is_current(*whole)
+    assert not is_current(whole[0])  # of one Triton
+    assert not is_current(whole[0], aot.section([replace(row, spills=4)]))
+    monkeypatch.setattr(aot, "fingerprint", lambda: "of other sources")
+    assert not is_current(*whole)
+
+
+def test_a_sample_of_the_variants(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(aot, "compile_variant", lambda target, *variant: compiled.append(variant[0]))
+    module = SimpleNamespace(aot_variants=lambda target: ((f"bfloat16 N={n}",) for n in range(7)))
+    monkeypatch.setattr(aot.importlib, "import_module", lambda name: module)
+    aot._compile_module(("rotary", "sm_90", 3))
+    assert compiled == ["bfloat16 N=0", "bfloat16 N=3", "bfloat16 N=6"]
 
 
 def test_resources_of_amd_code():
