@@ -209,7 +209,7 @@ class Replayed:
         return tuple(kind)
 
     def _is_plain(self, value: Tensor, keys: int) -> bool:
-        if value.layout is not torch.strided:
+        if value.layout is not torch.strided or value.is_meta:
             return False
         with torch.inference_mode(value.is_inference()):
             model = torch.empty(0, dtype=value.dtype, device=value.device)

@@ -164,6 +164,13 @@ def test_a_tensor_given_twice_apart_does_not_stand_for_two():
     assert torch.equal(add_layer_norm_fwd.direct(x, residual, weight, bias, x_bias, *rest)[0], expected)
 
 
+def test_tensors_without_memory_are_none_to_repeat():
+    for _ in range(3):
+        y, rstd = DIRECT(torch.empty(4, 48, device="meta"), None, EPS)
+        assert y.is_meta and rstd.shape == (4,)
+    assert not DIRECT.__self__._kinds
+
+
 def test_what_was_learnt_in_inference_mode_serves_training():
     dy, x, rstd = rows(4, 48), rows(4, 48), rows(4)
     with torch.inference_mode():
