@@ -95,8 +95,10 @@ _OUTSIDE = "the process's"
 class _Thread(threading.local):
     """The setting as a trace can read it and guard, and the object that made it, if that was not entered yet."""
 
-    name: str | None = _OUTSIDE
-    call: Callable[[], "use_backend | None"] = staticmethod(lambda: None)
+    def __init__(self):
+        # In each thread: what the class had, PyTorch 2.11's compiler would read in place of these.
+        self.name: str | None = _OUTSIDE
+        self.call: Callable[[], use_backend | None] = lambda: None
 
 
 _thread = _Thread()
