@@ -1,10 +1,11 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and gates what the compiler reports.
 
-    python -m pyllm.kernels.aot [--out docs/triton.md] [--append] [--targets sm_90 gfx942]
+    python -m pyllm.kernels.aot [--out docs/triton.md] [--append] [--targets sm_90 gfx942] [--every N] [--current FILE]
 
 prints a line for each compiled variant, writes the table as Markdown, and exits with 1 if a kernel does not compile,
 wants more shared memory than a block may have on the card, or spills more registers than SPILLS has a reason for.
---append adds the table of this version of Triton to what another one has written.
+--append adds the table of this version of Triton to what another one has written. --every compiles one variant in N.
+--current only says whether a table is of the sources as they are.
 
 Each module named in MODULES offers its kernels through
 

@@ -64,7 +64,7 @@ def test_every_part_runs(part, run):
 
 def test_the_plan_is_of_shapes_and_variants_that_the_benchmarks_have(run):
     plans = [plan for plan, _ in gpu_parts.MEASURED.values()]
-    planned: list[Case] = [case for plan in (*plans, gpu_parts._few_tokens) for case in plan()]
+    planned: list[Case] = [case for plan in (*plans, gpu_parts.few_tokens) for case in plan()]
     assert len(planned) == len({str(case) for case in planned}) > 165
     for case in planned:
         assert len(case.shape) == len(case.benchmark.tiny) and case.variant in case.benchmark.variants
